@@ -1,0 +1,666 @@
+package rpc
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+)
+
+const (
+	// batchSize is how much small frames are gathered for one write.
+	batchSize = 16 << 10
+	// maxPending is how many bytes may wait to be written before senders wait, too.
+	maxPending = 256 << 10
+	// maxReplying is how many handlers of one connection may have returned without their replies being written: a
+	// client that does not read its replies is not read from either.
+	maxReplying = 64
+)
+
+// frameQueue gathers the frames of many senders into few writes (group commit): a sender appends its frame, and who
+// finds no write in progress writes what has gathered.
+type frameQueue struct {
+	c *frameConn
+
+	mu        sync.Mutex
+	pending   [][]byte // in order; each holds whole frames
+	spare     [][]byte
+	size      int  // bytes in pending
+	writing   bool // somebody is in flush, or is about to be
+	finishing bool // no frame comes after those in pending
+	room      chan struct{}
+	appended  uint64 // frames
+	taken     uint64 // frames of which a byte may have been written
+}
+
+// batchBuffers holds *[]byte of batchSize.
+var batchBuffers = sync.Pool{New: func() any { b := make([]byte, 0, batchSize); return &b }}
+
+// waitRoom returns when little is waiting to be written, or when the connection ends or giveUp is closed.
+func (q *frameQueue) waitRoom(giveUp <-chan struct{}) {
+	for {
+		q.mu.Lock()
+		if q.size <= maxPending {
+			q.mu.Unlock()
+			return
+		}
+		if q.room == nil {
+			q.room = make(chan struct{})
+		}
+		room := q.room
+		q.mu.Unlock()
+		select {
+		case <-room:
+		case <-q.c.done:
+			return
+		case <-giveUp:
+			return
+		}
+	}
+}
+
+// append adds a frame, whose bytes it keeps if it is large. It returns the frame's number; mustFlush says that the
+// caller has to see to it that flush is called.
+func (q *frameQueue) append(frame []byte) (number uint64, mustFlush bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.appended++
+	q.size += len(frame)
+	last := len(q.pending) - 1
+	switch {
+	case len(frame) > batchSize:
+		q.pending = append(q.pending, frame)
+	case last >= 0 && cap(q.pending[last]) == batchSize && len(q.pending[last])+len(frame) <= batchSize:
+		q.pending[last] = append(q.pending[last], frame...)
+	default:
+		gather := *batchBuffers.Get().(*[]byte)
+		q.pending = append(q.pending, append(gather, frame...))
+	}
+	return q.appended, q.startWriting()
+}
+
+// startWriting tells whether nobody was writing. The caller holds mu.
+func (q *frameQueue) startWriting() bool {
+	started := !q.writing
+	q.writing = true
+	return started
+}
+
+// finish makes the queue close the sending direction after what has been appended.
+func (q *frameQueue) finish() (mustFlush bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.finishing = true
+	return q.startWriting()
+}
+
+// flush writes until nothing is pending. After an error, which ends the connection, nobody writes any more.
+func (q *frameQueue) flush() {
+	for {
+		batch, finished := q.take()
+		for i, frames := range batch {
+			if q.c.write(frames) != nil {
+				return
+			}
+			if batch[i] = nil; cap(frames) == batchSize {
+				frames = frames[:0]
+				batchBuffers.Put(&frames)
+			}
+		}
+		switch {
+		case finished:
+			q.c.shutWrite()
+			q.c.setReadDeadline(time.Now().Add(lingerTime))
+			return
+		case batch == nil:
+			return
+		}
+		q.mu.Lock()
+		q.spare = batch[:0]
+		q.mu.Unlock()
+	}
+}
+
+// take returns what is pending. When that is nothing, the caller is no longer writing.
+func (q *frameQueue) take() (batch [][]byte, finished bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.pending) == 0 {
+		q.writing = q.finishing
+		return nil, q.finishing
+	}
+	batch, q.pending, q.spare = q.pending, q.spare, nil
+	q.size, q.taken = 0, q.appended
+	if q.room != nil {
+		close(q.room)
+		q.room = nil
+	}
+	return batch, false
+}
+
+// untouched tells whether no byte of the frame with this number was written.
+func (q *frameQueue) untouched(number uint64) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return number > q.taken
+}
+
+// appendCall appends a call frame whose id is still to come.
+func appendCall(b []byte, timeout time.Duration, method string, body []byte) []byte {
+	start := len(b)
+	b = binary.BigEndian.AppendUint64(appendHeader(b, frameCall, 0), 0)
+	return finishFrame(appendRequest(b, timeout, method, body), start)
+}
+
+func putCallID(frame []byte, id uint64) { binary.BigEndian.PutUint64(frame[headerSize:], id) }
+
+// controlClient is the client's end of a control connection.
+type controlClient struct {
+	c           *frameConn
+	q           frameQueue
+	idleTimeout time.Duration
+	answered    chan struct{} // closed when the server's answer was read
+	flushers    sync.WaitGroup
+
+	mu        sync.Mutex
+	calls     map[uint64]*pendingCall // awaited
+	lastID    uint64
+	useless   bool // no call begins any more: goaway was read, or the connection is about to be closed
+	ended     bool // nothing is written any more
+	replies   uint64
+	idleSince time.Time
+	idleTimer *time.Timer
+}
+
+// pendingCall is a call that waits for its reply.
+type pendingCall struct {
+	number uint64        // of its frame in the queue
+	done   chan struct{} // gets one element when result is set
+	result result
+}
+
+// errNotBegun is why a call was not even tried on a connection: that was about to be closed.
+var errNotBegun = errors.New("rpc: the connection was about to be closed")
+
+func newControlClient(c *frameConn, preface []byte, idleTimeout time.Duration) *controlClient {
+	cc := &controlClient{
+		c: c, idleTimeout: idleTimeout, answered: make(chan struct{}),
+		calls: make(map[uint64]*pendingCall), idleSince: time.Now(),
+	}
+	cc.q.c = c
+	cc.q.append(preface) // run flushes it, together with what comes until then
+	return cc
+}
+
+// run reads until the connection ends. readAnswer reads the server's answer and sets its promises; ended is called
+// with the cause of the end, before the calls that still wait get it.
+func (cc *controlClient) run(readAnswer func() error, ended func(cause error)) {
+	cc.mu.Lock()
+	if cc.idleTimeout > 0 {
+		cc.idleTimer = time.AfterFunc(cc.idleTimeout, cc.closeIfIdle)
+	}
+	cc.mu.Unlock()
+	cc.c.startPulse()
+	cc.flushers.Go(cc.q.flush)
+	err := readAnswer()
+	if err == nil {
+		close(cc.answered)
+		err = cc.readFrames()
+	}
+	cc.c.stopPulse()
+	ended(err)
+	cc.end(err)
+	cc.flushers.Wait()
+}
+
+// flushLocked writes in a goroutine of its own, so that the caller can leave when its ctx ends: half a frame cannot
+// be taken back. The goroutine ends when nothing is pending or the connection has ended; run waits for it.
+func (cc *controlClient) flushLocked(mustFlush bool) {
+	if mustFlush && !cc.ended {
+		cc.flushers.Go(cc.q.flush)
+	}
+}
+
+func (cc *controlClient) readFrames() error {
+	for {
+		h, err := cc.c.next()
+		if err == nil {
+			err = cc.readFrame(h)
+		}
+		if err != nil {
+			return cc.readFailed(err)
+		}
+	}
+}
+
+// readFailed ends the connection for an error of reading it.
+func (cc *controlClient) readFailed(err error) error {
+	cc.mu.Lock()
+	expected := err == io.EOF && cc.useless && len(cc.calls) == 0
+	cc.mu.Unlock()
+	if expected {
+		return cc.c.fail(errPolite)
+	}
+	return cc.c.lost(err)
+}
+
+func (cc *controlClient) readFrame(h frameHeader) error {
+	switch h.kind {
+	case frameReply:
+		return cc.readReply(h.size)
+	case frameGoaway:
+		return cc.readGoaway()
+	}
+	return cc.c.violation("a server sent " + h.kind.String() + " on a control connection")
+}
+
+func (cc *controlClient) readReply(size int) error {
+	id, err := cc.c.readUint64()
+	if err != nil {
+		return err
+	}
+	cc.mu.Lock()
+	used := id >= 1 && id <= cc.lastID
+	cc.mu.Unlock()
+	if !used {
+		return cc.c.violation("reply to call " + strconv.FormatUint(id, 10) + ", which was never made")
+	}
+	body, failed, err := cc.c.outcome(size - 8)
+	if err != nil {
+		return err
+	}
+	cc.mu.Lock()
+	call := cc.forgetLocked(id)
+	cc.replies++
+	cc.mu.Unlock()
+	if call != nil {
+		call.result = result{body: body, failed: failed}
+		call.done <- struct{}{}
+	}
+	return nil
+}
+
+// readGoaway takes note that calls above last will never be started.
+func (cc *controlClient) readGoaway() error {
+	last, err := cc.c.readUint64()
+	if err != nil {
+		return err
+	}
+	cc.mu.Lock()
+	defer cc.mu.Unlock()
+	if cc.useless {
+		return cc.c.violation("a second goaway")
+	}
+	cc.useless = true
+	cc.replies++ // the server is well: its end is no failure
+	for id, call := range cc.calls {
+		if id > last {
+			cc.forgetLocked(id)
+			call.result = result{err: errGoaway, notStarted: true}
+			call.done <- struct{}{}
+		}
+	}
+	return nil
+}
+
+// end gives every call that still waits the cause of the connection's end.
+func (cc *controlClient) end(cause error) {
+	cc.mu.Lock()
+	defer cc.mu.Unlock()
+	cc.useless, cc.ended = true, true
+	if cc.idleTimer != nil {
+		cc.idleTimer.Stop()
+	}
+	var refused *HandshakeError
+	nothingStarted := errors.As(cause, &refused)
+	for id, call := range cc.calls {
+		cc.forgetLocked(id)
+		call.result = result{err: cause, notStarted: nothingStarted || cc.q.untouched(call.number)}
+		call.done <- struct{}{}
+	}
+}
+
+// forgetLocked takes a call off those that are awaited, and returns it. Who takes it off is who gives it its result.
+func (cc *controlClient) forgetLocked(id uint64) *pendingCall {
+	call := cc.calls[id]
+	delete(cc.calls, id)
+	if call != nil && len(cc.calls) == 0 {
+		cc.idleSince = time.Now()
+		if cc.idleTimeout < 0 && !cc.useless {
+			cc.useless = true
+			cc.flushers.Go(cc.c.close) // waits for nothing but a TLS alert, for five seconds at the most
+		}
+	}
+	return call
+}
+
+// closeIfIdle closes a connection that was not used for idleTimeout. The timer calls it.
+func (cc *controlClient) closeIfIdle() {
+	cc.mu.Lock()
+	left := cc.idleTimeout
+	if len(cc.calls) == 0 {
+		left -= time.Since(cc.idleSince)
+	}
+	if cc.useless || left > 0 {
+		if !cc.useless {
+			cc.idleTimer.Reset(left)
+		}
+		cc.mu.Unlock()
+		return
+	}
+	cc.useless = true
+	cc.mu.Unlock()
+	cc.c.close()
+}
+
+// proved tells whether the connection was of use.
+func (cc *controlClient) proved() bool {
+	cc.mu.Lock()
+	defer cc.mu.Unlock()
+	return cc.replies > 0
+}
+
+// unused tells whether no call waits; none begins any more then.
+func (cc *controlClient) unused() bool {
+	cc.mu.Lock()
+	defer cc.mu.Unlock()
+	cc.useless = cc.useless || len(cc.calls) == 0
+	return len(cc.calls) == 0
+}
+
+// usable tells whether calls can begin.
+func (cc *controlClient) usable() bool {
+	cc.mu.Lock()
+	defer cc.mu.Unlock()
+	return !cc.useless
+}
+
+// call sends a frame made by appendCall, which it keeps, and waits for the reply. bodySize is that of its body.
+func (cc *controlClient) call(ctx context.Context, frame []byte, bodySize int) result {
+	if err := cc.mayBegin(ctx, bodySize); err != nil {
+		return result{err: err, notStarted: true}
+	}
+	call := &pendingCall{done: make(chan struct{}, 1)}
+	id, ok := cc.begin(call, frame)
+	if !ok {
+		return result{err: errNotBegun, notStarted: true}
+	}
+	select {
+	case <-call.done:
+		return call.result
+	case <-ctx.Done():
+		return cc.cancel(ctx, id, call)
+	}
+}
+
+// mayBegin waits until a body of this size may be sent, and until there is room for it.
+func (cc *controlClient) mayBegin(ctx context.Context, bodySize int) error {
+	if bodySize > minMessageSize {
+		select {
+		case <-cc.answered:
+		case <-cc.c.done:
+			return cc.c.ended()
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		if err := checkBody(bodySize, cc.c.theirs.maxBody); err != nil {
+			return err
+		}
+	}
+	cc.q.waitRoom(ctx.Done())
+	return ctx.Err()
+}
+
+// begin gives a call its id and its place in the queue.
+func (cc *controlClient) begin(call *pendingCall, frame []byte) (id uint64, ok bool) {
+	cc.mu.Lock()
+	defer cc.mu.Unlock()
+	if cc.useless {
+		return 0, false
+	}
+	cc.lastID++
+	id = cc.lastID
+	putCallID(frame, id)
+	cc.calls[id] = call
+	number, mustFlush := cc.q.append(frame)
+	call.number = number
+	cc.flushLocked(mustFlush)
+	return id, true
+}
+
+// cancel gives a call up, unless its result is there.
+func (cc *controlClient) cancel(ctx context.Context, id uint64, call *pendingCall) result {
+	cc.mu.Lock()
+	if cc.forgetLocked(id) == nil {
+		cc.mu.Unlock()
+		<-call.done
+		return call.result
+	}
+	_, mustFlush := cc.q.append(appendUint64Frame(nil, frameCancel, id))
+	cc.flushLocked(mustFlush)
+	cc.mu.Unlock()
+	return result{err: ctx.Err()}
+}
+
+// callFunc handles a call whose handler has got its place: it decodes body, runs the handler, appends the result to
+// out, and gives the place back.
+type callFunc func(ctx context.Context, body, out []byte) ([]byte, error)
+
+// controlServer is the server's end of a control connection.
+type controlServer struct {
+	c *frameConn
+	q frameQueue
+	// accept finds who handles a method and takes a place for the handler, or says why not.
+	accept   func(method string) (callFunc, error)
+	handlers sync.WaitGroup
+	places   chan struct{} // bounds handlers that run or whose replies are not written
+
+	mu       sync.Mutex
+	running  map[uint64]context.CancelFunc // calls without a reply
+	lastID   uint64
+	draining bool
+}
+
+func newControlServer(c *frameConn, maxHandlers int, accept func(string) (callFunc, error)) *controlServer {
+	s := &controlServer{
+		c: c, accept: accept, places: make(chan struct{}, maxHandlers+maxReplying),
+		running: make(map[uint64]context.CancelFunc),
+	}
+	s.q.c = c
+	return s
+}
+
+// serve reads until the connection ends, then ends the handlers' contexts and waits for them. It returns why the
+// connection ended.
+func (s *controlServer) serve(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	s.c.startPulse()
+	err := s.readFrames(ctx)
+	s.c.stopPulse()
+	cancel()
+	s.handlers.Wait()
+	return err
+}
+
+func (s *controlServer) readFrames(ctx context.Context) error {
+	for {
+		h, err := s.c.next()
+		if err == nil {
+			err = s.readFrame(ctx, h)
+		}
+		if err != nil {
+			return s.readFailed(err)
+		}
+	}
+}
+
+// readFailed ends the connection for an error of reading it: a client that has nothing in progress may leave.
+func (s *controlServer) readFailed(err error) error {
+	s.mu.Lock()
+	idle := len(s.running) == 0
+	lingered := s.draining && idle && errors.Is(err, os.ErrDeadlineExceeded)
+	s.mu.Unlock()
+	if idle && err == io.EOF || lingered {
+		return s.c.fail(errPolite)
+	}
+	return s.c.lost(err)
+}
+
+func (s *controlServer) readFrame(ctx context.Context, h frameHeader) error {
+	switch h.kind {
+	case frameCall:
+		return s.readCall(ctx, h.size)
+	case frameCancel:
+		return s.readCancel()
+	}
+	return s.c.violation("a client sent " + h.kind.String() + " on a control connection")
+}
+
+func (s *controlServer) readCancel() error {
+	id, err := s.c.readUint64()
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	seen, cancel := id >= 1 && id <= s.lastID, s.running[id]
+	s.mu.Unlock()
+	if !seen {
+		return s.c.violation("cancel of call " + strconv.FormatUint(id, 10) + ", which was never made")
+	}
+	if cancel != nil {
+		cancel()
+	}
+	return nil
+}
+
+func (s *controlServer) readCall(ctx context.Context, size int) error {
+	id, err := s.c.readUint64()
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	rises := id > s.lastID
+	s.mu.Unlock()
+	if !rises {
+		return s.c.violation("call " + strconv.FormatUint(id, 10) + " does not rise above the last one")
+	}
+	q, err := s.c.request(size - 8)
+	if err != nil {
+		return err
+	}
+	if err := s.c.awaitAnswered(); err != nil {
+		return err
+	}
+	ctx, cancel := callContext(ctx, q.timeout)
+	if !s.begin(id, cancel) {
+		cancel()
+		return nil
+	}
+	return s.start(ctx, id, q)
+}
+
+func callContext(ctx context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
+	if timeout == 0 {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, timeout)
+}
+
+// begin notes that a call is to get a reply; after goaway none does.
+func (s *controlServer) begin(id uint64, cancel context.CancelFunc) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lastID = id
+	if !s.draining {
+		s.running[id] = cancel
+	}
+	return !s.draining
+}
+
+// start runs the handler of a call in a goroutine of its own, which ends with the handler and the writing of its
+// reply; serve waits for it.
+func (s *controlServer) start(ctx context.Context, id uint64, q request) error {
+	select {
+	case s.places <- struct{}{}:
+	case <-s.c.done:
+		return s.c.ended()
+	}
+	f, err := s.accept(q.name)
+	if err != nil {
+		<-s.places
+		s.q.waitRoom(nil)
+		s.reply(id, appendReply(nil, id, nil, err))
+		return nil
+	}
+	s.handlers.Go(func() {
+		s.run(ctx, id, q, f)
+		<-s.places
+	})
+	return nil
+}
+
+func (s *controlServer) run(ctx context.Context, id uint64, q request, f callFunc) {
+	b := appendReply(nil, id, nil, nil)
+	start := len(b)
+	out, err := f(ctx, q.body, b)
+	if err == nil {
+		err = checkBody(len(out)-start, s.c.theirs.maxBody)
+	}
+	if err != nil {
+		out = appendReply(nil, id, nil, err)
+	}
+	s.q.waitRoom(nil)
+	s.reply(id, finishFrame(out, 0))
+}
+
+// appendReply appends a reply.
+func appendReply(b []byte, id uint64, body []byte, err error) []byte {
+	start := len(b)
+	b = binary.BigEndian.AppendUint64(appendHeader(b, frameReply, 0), id)
+	if err != nil {
+		b = appendError(b, err)
+	} else {
+		b = append(append(b, byte(OK)), body...)
+	}
+	return finishFrame(b, start)
+}
+
+// reply sends the one reply of a call, and after the last one that is due closes the sending direction.
+func (s *controlServer) reply(id uint64, frame []byte) {
+	s.mu.Lock()
+	if cancel := s.running[id]; cancel != nil {
+		cancel()
+	}
+	delete(s.running, id)
+	_, mustFlush := s.q.append(frame)
+	if s.draining && len(s.running) == 0 {
+		mustFlush = s.q.finish() || mustFlush
+	}
+	s.mu.Unlock()
+	if mustFlush {
+		s.q.flush()
+	}
+}
+
+// drain says goaway: calls that were read get their replies, later ones are dropped. It waits until that is written.
+func (s *controlServer) drain() {
+	s.mu.Lock()
+	if s.draining {
+		s.mu.Unlock()
+		return
+	}
+	s.draining = true
+	_, mustFlush := s.q.append(appendUint64Frame(nil, frameGoaway, s.lastID))
+	if len(s.running) == 0 {
+		mustFlush = s.q.finish() || mustFlush
+	}
+	s.mu.Unlock()
+	if mustFlush {
+		s.q.flush()
+	}
+}

@@ -1,0 +1,855 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// chunkSize is the most of a stream that one frame of ours carries. A larger one is not faster, and a smaller one
+	// costs system calls; 64 KiB is the worst on a loopback, whose segments are a little smaller.
+	chunkSize = 32 << 10
+	// streamBuffer is the read buffer of a connection that receives a stream.
+	streamBuffer = 64 << 10
+	// maxEmptyReads is how often in a row a source may return nothing and no error.
+	maxEmptyReads = 100
+	// serverIdleTimeout is how long a server keeps a data connection on which nothing is in progress. A client closes
+	// it much earlier.
+	serverIdleTimeout = 10 * time.Minute
+)
+
+var (
+	chunkBuffers  = sync.Pool{New: func() any { b := make([]byte, headerSize+chunkSize); return &b }}
+	streamBuffers = sync.Pool{New: func() any { b := make([]byte, streamBuffer); return &b }}
+)
+
+// sendStream sends what src has as data frames. readErr is the error that ended the source, nil for io.EOF; writeErr
+// is one of the connection.
+func (c *frameConn) sendStream(src io.Reader) (total uint64, readErr, writeErr error) {
+	buf := chunkBuffers.Get().(*[]byte)
+	defer chunkBuffers.Put(buf)
+	b := *buf
+	for empty := 0; ; {
+		n, err := src.Read(b[headerSize:])
+		if n < 0 || n > chunkSize {
+			return total, errors.New("rpc: the source returned an impossible count from Read"), nil
+		}
+		if n > 0 {
+			appendHeader(b[:0], frameData, n)
+			if err := c.write(b[:headerSize+n]); err != nil {
+				return total, nil, err
+			}
+			total += uint64(n)
+			empty = 0
+		}
+		switch {
+		case err == io.EOF: // and nothing else: a wrapped one is a failure
+			return total, nil, nil
+		case err != nil:
+			return total, err, nil
+		case n == 0:
+			if empty++; empty == maxEmptyReads {
+				return total, io.ErrNoProgress, nil
+			}
+		}
+	}
+}
+
+// sourceCloser closes a source once, whoever is first, and contains its panic.
+type sourceCloser struct {
+	source io.Reader
+	once   sync.Once
+	err    error
+}
+
+// close returns when the source is closed.
+func (s *sourceCloser) close() error {
+	s.once.Do(func() {
+		closer, ok := s.source.(io.Closer)
+		if !ok {
+			return
+		}
+		defer func() {
+			if recover() != nil {
+				s.err = &Error{Code: Internal, Message: "closing the source panicked"}
+			}
+		}()
+		s.err = closer.Close()
+	})
+	return s.err
+}
+
+// streamReader reads the stream that the frames of a connection carry.
+type streamReader struct {
+	c      *frameConn
+	left   int // of the data frame at hand
+	total  uint64
+	err    error // how the stream ended; io.EOF after an end with the right total
+	client bool  // goaway may come
+	goaway bool  // it came
+}
+
+// Read returns io.EOF only when the stream is complete.
+func (s *streamReader) Read(p []byte) (int, error) {
+	if s.err != nil || len(p) == 0 {
+		return 0, s.err
+	}
+	if s.left == 0 {
+		if s.err = s.advance(); s.err != nil {
+			return 0, s.err
+		}
+	}
+	n, err := s.c.readPayload(p[:min(len(p), s.left)])
+	s.consumed(n)
+	if err != nil {
+		s.err = s.readFailed(err)
+	}
+	return n, s.err
+}
+
+func (s *streamReader) consumed(n int) {
+	s.left -= n
+	s.total += uint64(n)
+}
+
+// WriteTo writes the rest of the stream to w, from the buffer that it was read into.
+func (s *streamReader) WriteTo(w io.Writer) (written int64, err error) {
+	for s.err == nil {
+		if s.left == 0 {
+			if s.err = s.advance(); s.err != nil {
+				break
+			}
+		}
+		if err := s.c.fill(1); err != nil {
+			s.err = s.readFailed(noEOF(err))
+			break
+		}
+		b := s.c.buffered()
+		b = b[:min(len(b), s.left)]
+		n, err := w.Write(b)
+		if n < 0 || n > len(b) {
+			return written, errors.New("rpc: the sink returned an impossible count from Write")
+		}
+		s.c.r += n
+		s.consumed(n)
+		written += int64(n)
+		if err == nil && n < len(b) {
+			err = io.ErrShortWrite
+		}
+		if err != nil {
+			return written, err
+		}
+	}
+	if s.err == io.EOF {
+		return written, nil
+	}
+	return written, s.err
+}
+
+// advance reads frames up to the next that carries data, and returns how the stream ended if none does.
+func (s *streamReader) advance() error {
+	for {
+		h, err := s.c.next()
+		if err != nil {
+			return s.readFailed(noEOF(err))
+		}
+		switch {
+		case h.kind == frameData:
+			s.left = h.size
+			return nil
+		case h.kind == frameEnd:
+			return s.readEnd()
+		case h.kind == frameFail:
+			return s.readFail(h.size)
+		case h.kind == frameGoaway && s.client:
+			if err := s.readGoaway(); err != nil {
+				return s.readFailed(err)
+			}
+		default:
+			return s.c.violation(h.kind.String() + " in the middle of a stream")
+		}
+	}
+}
+
+// endAtHand tells whether the stream's end is in the buffer already.
+func (s *streamReader) endAtHand() bool {
+	b := s.c.buffered()
+	return s.err == nil && s.left == 0 && len(b) >= headerSize+8 && frameType(b[0]) == frameEnd
+}
+
+func (s *streamReader) readEnd() error {
+	total, err := s.c.readUint64()
+	if err != nil {
+		return s.readFailed(err)
+	}
+	if total != s.total {
+		return s.c.fail(&Error{Code: DataLoss, Message: "the stream has " + strconv.FormatUint(total, 10) +
+			" bytes, but " + strconv.FormatUint(s.total, 10) + " came"})
+	}
+	return io.EOF
+}
+
+func (s *streamReader) readFail(size int) error {
+	_, failed, err := s.c.outcome(size)
+	switch {
+	case err != nil:
+		return s.readFailed(err)
+	case failed == nil:
+		return s.c.violation("fail with code 0")
+	}
+	return failed
+}
+
+// readGoaway notes that the connection serves no further request; this one was started.
+func (s *streamReader) readGoaway() error {
+	if s.goaway {
+		return s.c.violation("a second goaway")
+	}
+	s.goaway = true
+	_, err := s.c.readUint64()
+	return err
+}
+
+func (s *streamReader) readFailed(err error) error {
+	if err == errInterrupted {
+		return err
+	}
+	return s.c.lost(err)
+}
+
+// appendOutcome appends a result, or a fail, whose code and body or text are those of err or body.
+func appendOutcome(b []byte, kind frameType, body []byte, err error) []byte {
+	start := len(b)
+	b = appendHeader(b, kind, 0)
+	if err != nil {
+		b = appendError(b, err)
+	} else {
+		b = append(append(b, byte(OK)), body...)
+	}
+	return finishFrame(b, start)
+}
+
+// grow gives the connection a large read buffer for the time of a stream.
+func (c *frameConn) grow() {
+	if len(c.buf) == smallBuffer {
+		c.swapBuffer(*streamBuffers.Get().(*[]byte))
+	}
+}
+
+// shrink takes it away again, unless it holds more than fits a small one.
+func (c *frameConn) shrink() {
+	if large := c.buf; len(large) == streamBuffer && c.w-c.r <= smallBuffer {
+		c.swapBuffer(make([]byte, smallBuffer))
+		streamBuffers.Put(&large)
+	}
+}
+
+func (c *frameConn) swapBuffer(b []byte) {
+	c.w = copy(b, c.buf[c.r:c.w])
+	c.r = 0
+	c.buf = b
+}
+
+// dataClient is the client's end of a data connection. One request at a time is in progress on it.
+type dataClient struct {
+	c          *frameConn
+	preface    []byte       // not written yet; nil afterwards
+	readAnswer func() error // reads the server's answer; nil when that was read
+	requests   uint64       // that were sent
+	goaway     bool         // the server takes no further request
+
+	spawn   func(func())  // runs a function in a goroutine
+	watched chan struct{} // closed when the watcher of the idle connection has returned
+}
+
+// begin sends a request. Its result is that of the request if that could not be sent.
+func (d *dataClient) begin(kind frameType, timeout time.Duration, endpoint string, body []byte) (r result, ok bool) {
+	if len(body) > minMessageSize {
+		if err := d.awaitAnswer(); err != nil {
+			return result{err: err, notStarted: true}, false
+		}
+		if err := checkBody(len(body), d.c.theirs.maxBody); err != nil {
+			return result{err: err, notStarted: true}, false
+		}
+	}
+	start := len(d.preface)
+	b := appendHeader(d.preface, kind, 0)
+	b = finishFrame(appendRequest(b, timeout, endpoint, body), start)
+	fresh := d.preface != nil
+	d.preface = nil
+	d.requests++
+	d.c.startPulse()
+	write := d.c.writeSoon(b)
+	if fresh {
+		d.spawn(func() { write() }) // ends with the connection at the latest; an error is one of that, too
+	} else if err := write(); err != nil {
+		return result{err: err}, false
+	}
+	return result{}, true
+}
+
+// roundTrip sends a request and reads its result.
+func (d *dataClient) roundTrip(kind frameType, ctx context.Context, endpoint string, body []byte) result {
+	if r, ok := d.begin(kind, timeoutOf(ctx), endpoint, body); !ok {
+		return r
+	}
+	return d.awaitResult()
+}
+
+// awaitAnswer reads the server's answer to the preface unless that was done.
+func (d *dataClient) awaitAnswer() error {
+	if d.readAnswer == nil {
+		return nil
+	}
+	if d.preface != nil {
+		if err := d.c.write(d.preface); err != nil {
+			return err
+		}
+		d.preface = nil
+	}
+	err := d.readAnswer()
+	if err == nil {
+		d.readAnswer = nil
+	}
+	return err
+}
+
+// awaitResult reads the result of the request.
+func (d *dataClient) awaitResult() result {
+	if err := d.awaitAnswer(); err != nil {
+		var refused *HandshakeError
+		return result{err: err, notStarted: errors.As(err, &refused)}
+	}
+	for {
+		h, err := d.c.next()
+		if err != nil {
+			return result{err: d.c.lost(err)}
+		}
+		switch {
+		case h.kind == frameResult:
+			body, failed, err := d.c.outcome(h.size)
+			if err != nil {
+				err = d.c.lost(err)
+			}
+			return result{body: body, failed: failed, err: err}
+		case h.kind == frameGoaway && !d.goaway:
+			last, err := d.c.readUint64()
+			if err != nil {
+				return result{err: d.c.lost(err)}
+			}
+			if last < d.requests {
+				return result{err: d.c.fail(errGoaway), notStarted: true}
+			}
+			d.goaway = true
+		default:
+			return result{err: d.c.violation("a server sent " + h.kind.String() + " instead of a result")}
+		}
+	}
+}
+
+// reusable tells whether the connection can serve another request.
+func (d *dataClient) reusable() bool { return !d.goaway && d.c.ended() == nil }
+
+// rest begins the time between two requests.
+func (d *dataClient) rest() {
+	d.c.stopPulse()
+	d.c.shrink()
+}
+
+// watchIdle returns when the idle connection ended, said anything but heartbeats, was idle for too long, or was
+// interrupted. It tells whether it can be used again.
+func (d *dataClient) watchIdle(timeout time.Duration) bool {
+	d.c.setReadDeadline(time.Now().Add(timeout))
+	_, err := d.c.next()
+	return err == errInterrupted && len(d.c.buffered()) == 0
+}
+
+// upload sends r and returns the result. closer closes r; ctx's end must close both r and the connection.
+// sourceErr is the error that ended r, if that is the first cause.
+func (d *dataClient) upload(r io.Reader, closer *sourceCloser) (res result, sourceErr error) {
+	var complete atomic.Bool // nothing but the end is left to be sent
+	listened := make(chan struct{})
+	d.spawn(func() { // ends with the result or the connection; upload waits for it
+		defer close(listened)
+		res = d.awaitResult()
+		if complete.Load() {
+			return
+		}
+		if res.err == nil && res.failed == nil {
+			res.err = d.c.violation("success for an upload that has not ended")
+		}
+		d.c.fail(errEarlyResult)
+		closer.close()
+	})
+	returned := false
+	defer func() {
+		if !returned { // r panicked
+			d.c.fail(ErrClosed)
+			<-listened
+		}
+	}()
+	total, readErr, writeErr := d.c.sendStream(r)
+	returned = true
+	if readErr != nil && d.c.ended() == nil {
+		complete.Store(true)
+		if d.c.write(appendOutcome(nil, frameFail, nil, readErr)) == nil {
+			sourceErr = readErr
+		}
+	} else if readErr == nil && writeErr == nil {
+		complete.Store(true)
+		d.c.write(appendUint64Frame(nil, frameEnd, total))
+	}
+	<-listened
+	return res, sourceErr
+}
+
+// errEarlyResult is why a connection ends whose upload was answered before its end.
+var errEarlyResult error = &lostError{what: "the upload was answered before its end", cause: net.ErrClosed}
+
+// downloadStream is the stream of a download, as the client's user has it. Read and WriteTo belong to one goroutine;
+// Close may come from any.
+type downloadStream struct {
+	streamReader
+	d       *dataClient
+	ctx     context.Context
+	release func() bool           // of what watches ctx
+	wrap    func(err error) error // says what was being done
+	settle  func(ok bool)         // gives the connection back
+	over    atomic.Bool           // the stream has ended or was closed: who sets it, settles
+	final   error                 // what Read returns from now on
+}
+
+// Read reads from the stream. io.EOF means that it is complete.
+func (s *downloadStream) Read(p []byte) (int, error) {
+	if s.isOver() {
+		return 0, s.final
+	}
+	n, err := s.streamReader.Read(p)
+	if err == nil && s.endAtHand() {
+		s.err = s.advance()
+		s.finish(s.err) // the next Read tells
+		return n, nil
+	}
+	if err != nil {
+		s.finish(err)
+		err = s.final
+	}
+	return n, err
+}
+
+// WriteTo writes the rest of the stream to w; io.Copy calls it.
+func (s *downloadStream) WriteTo(w io.Writer) (int64, error) {
+	var n int64
+	if !s.isOver() {
+		var err error
+		if n, err = s.streamReader.WriteTo(w); s.err == nil {
+			return n, err // the sink's error
+		}
+		s.finish(s.err)
+	}
+	if s.final == io.EOF {
+		return n, nil
+	}
+	return n, s.final
+}
+
+// isOver tells whether nothing more can be read, and final says why.
+func (s *downloadStream) isOver() bool {
+	if s.final == nil && s.over.Load() {
+		s.final = s.wrap(ErrClosed)
+	}
+	return s.final != nil
+}
+
+// finish settles the stream, whose reader has met its end.
+func (s *downloadStream) finish(err error) {
+	if !s.over.CompareAndSwap(false, true) {
+		s.final = s.wrap(ErrClosed)
+		return
+	}
+	if s.release() && err != io.EOF {
+		err = s.ctx.Err()
+	}
+	if s.goaway {
+		s.d.goaway = true
+	}
+	s.settle(err == io.EOF)
+	if err != io.EOF {
+		err = s.wrap(err)
+	}
+	s.final = err
+}
+
+// Close ends the stream. Before its end that closes the connection, which tells the server.
+func (s *downloadStream) Close() error {
+	if s.over.CompareAndSwap(false, true) {
+		s.release()
+		s.d.c.fail(ErrClosed)
+		s.settle(false)
+	}
+	return nil
+}
+
+// streamFunc handles a download or an upload whose handler has got its place, and gives the place back.
+type streamFunc func(ctx context.Context, body []byte, s *serverStream) error
+
+// dataServer is the server's end of a data connection. Its own goroutine reads; a worker runs the handler, and reads
+// in its stead while an upload's stream arrives.
+type dataServer struct {
+	c *frameConn
+	// accept finds who handles an endpoint and takes a place for the handler, or says why not.
+	accept func(kind frameType, endpoint string) (streamFunc, error)
+
+	mu       sync.Mutex
+	busy     bool // a request is in progress
+	draining bool // no further request is started
+	spent    bool // an upload failed: the client may still be sending, so that no further request can be found
+	served   uint64
+
+	worker chan struct{}      // closed when the latest worker has returned; nil before the first
+	cancel context.CancelFunc // ends the latest worker's context
+}
+
+// serverStream is a request in progress on a data connection.
+type serverStream struct {
+	d       *dataServer
+	kind    frameType
+	ctx     context.Context
+	begun   bool   // the result of a download was sent
+	total   uint64 // of a download
+	limited bool   // writes have a deadline
+
+	// Of an upload.
+	streamReader
+	result  []byte
+	ended   chan struct{} // closed when nothing of the stream is left to be read
+	release func() bool   // of what interrupts reads when ctx ends
+	handled atomic.Bool   // the handler has returned: it may not read any more
+}
+
+// serve reads requests until the connection ends, then ends the handler's context and waits for it. It returns why
+// the connection ended.
+func (d *dataServer) serve(ctx context.Context) error {
+	for {
+		if err := d.awaitRequest(); err != nil {
+			return d.end(err)
+		}
+		if err := d.readRequest(ctx); err != nil {
+			return d.end(err)
+		}
+	}
+}
+
+// awaitRequest returns when the first byte of a request is there and the previous one has ended.
+func (d *dataServer) awaitRequest() error {
+	if !d.isBusy() {
+		d.c.setReadDeadline(time.Now().Add(serverIdleTimeout))
+	}
+	for {
+		if err := d.c.fill(1); err != nil {
+			return err
+		}
+		if frameType(d.c.buffered()[0]) != frameHeartbeat {
+			break
+		}
+		if err := d.c.skipHeartbeat(); err != nil {
+			return err
+		}
+	}
+	if d.isBusy() {
+		return d.c.violation("a request before the end of the previous one")
+	}
+	d.join()
+	return nil
+}
+
+func (d *dataServer) isBusy() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.busy
+}
+
+// join waits for the worker.
+func (d *dataServer) join() {
+	if d.worker != nil {
+		<-d.worker
+	}
+}
+
+// end ends the connection after an error of reading it: in a way that the client expects, if nothing is in progress.
+func (d *dataServer) end(err error) error {
+	idle := err == io.EOF || errors.Is(err, os.ErrDeadlineExceeded)
+	if err != errInterrupted && (!idle || d.isBusy()) {
+		err = d.c.lost(err)
+		if d.cancel != nil {
+			d.cancel()
+		}
+		d.join()
+		d.c.stopPulse()
+		return err
+	}
+	d.join()
+	d.c.stopPulse()
+	switch {
+	case err == io.EOF:
+	case d.spent:
+		d.c.linger(nil)
+	default:
+		d.c.linger(appendUint64Frame(nil, frameGoaway, d.served))
+	}
+	return d.c.fail(errPolite)
+}
+
+// readRequest reads a request and starts its worker.
+func (d *dataServer) readRequest(ctx context.Context) error {
+	d.c.startPulse()
+	d.c.setReadDeadline(time.Time{})
+	h, err := d.c.next()
+	if err != nil {
+		return noEOF(err)
+	}
+	if h.kind != frameDownload && h.kind != frameUpload {
+		return d.c.violation("a client sent " + h.kind.String() + " instead of a request")
+	}
+	q, err := d.c.request(h.size)
+	if err != nil {
+		return err
+	}
+	if err := d.c.awaitAnswered(); err != nil {
+		return err
+	}
+	if !d.begin() {
+		return errInterrupted
+	}
+	s := &serverStream{streamReader: streamReader{c: d.c}, d: d, kind: h.kind, ended: make(chan struct{})}
+	s.ctx, d.cancel = callContext(ctx, q.timeout)
+	worker := make(chan struct{})
+	d.worker = worker
+	go func() { // ends with the handler; join waits for it
+		defer close(worker)
+		d.work(s, q)
+	}()
+	if h.kind == frameUpload {
+		return d.lendReader(s)
+	}
+	return nil
+}
+
+// begin tells whether the request may be started.
+func (d *dataServer) begin() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.draining {
+		return false
+	}
+	d.served++
+	d.busy = true
+	return true
+}
+
+// lendReader waits until the worker has read the stream of an upload, or has given up.
+func (d *dataServer) lendReader(s *serverStream) error {
+	select {
+	case <-s.ended:
+		return nil
+	case <-d.worker:
+		if s.err == nil || s.err == errInterrupted {
+			return errInterrupted // spent
+		}
+		return nil
+	case <-d.c.done:
+		return d.c.ended()
+	}
+}
+
+// work runs the handler of a request and sends the last frame.
+func (d *dataServer) work(s *serverStream, q request) {
+	cancel := d.cancel
+	defer cancel()
+	f, err := d.accept(s.kind, q.name)
+	if err == nil {
+		err = s.run(f, q.body)
+	}
+	last, reusable := s.lastFrame(err)
+	d.mu.Lock()
+	d.busy = false // before the client can know that it is over, and send its next request
+	d.spent = !reusable
+	d.mu.Unlock()
+	d.c.write(last)
+	if s.limited {
+		d.c.nc.SetWriteDeadline(time.Time{})
+	}
+	d.c.stopPulse()
+	d.c.setReadDeadline(time.Now().Add(serverIdleTimeout))
+	d.stopIfIdle()
+}
+
+// drain lets the request in progress end and starts no other: goaway, then the end of the connection.
+func (d *dataServer) drain() {
+	d.mu.Lock()
+	d.draining = true
+	d.mu.Unlock()
+	d.stopIfIdle()
+}
+
+// stopIfIdle wakes the connection's goroutine when no further request is to be served.
+func (d *dataServer) stopIfIdle() {
+	d.mu.Lock()
+	stop := !d.busy && (d.spent || d.draining)
+	d.mu.Unlock()
+	if stop {
+		d.c.interrupt()
+	}
+}
+
+// run calls the handler. The end of an upload's ctx makes its reads end.
+func (s *serverStream) run(f streamFunc, body []byte) error {
+	if s.kind == frameDownload {
+		return f(s.ctx, body, s)
+	}
+	s.c.grow()
+	s.release = whenDone(s.ctx, s.c.interrupt)
+	err := f(s.ctx, body, s)
+	s.handled.Store(true)
+	if err == nil {
+		err = s.complete()
+	}
+	if !s.hasEnded() {
+		s.release()
+	}
+	return err
+}
+
+// lastFrame is what ends a request whose handler returned err, and whether the connection can serve another.
+func (s *serverStream) lastFrame(err error) (frame []byte, reusable bool) {
+	switch {
+	case s.kind == frameUpload:
+		return appendOutcome(nil, frameResult, s.result, err), err == nil
+	case !s.begun && err == nil:
+		err = &Error{Code: Internal, Message: "the handler returned nothing"}
+		fallthrough
+	case !s.begun:
+		return appendOutcome(nil, frameResult, nil, err), true
+	case err != nil:
+		return appendOutcome(nil, frameFail, nil, err), true
+	}
+	return appendUint64Frame(nil, frameEnd, s.total), true
+}
+
+// send sends the result of a download, then the stream, and closes that on every path. A nil stream is an empty one.
+func (s *serverStream) send(ctx context.Context, result []byte, stream io.ReadCloser) error {
+	if stream == nil {
+		return s.sendResult(result)
+	}
+	closer := sourceCloser{source: stream}
+	defer closer.close()
+	if err := s.sendResult(result); err != nil {
+		return err
+	}
+	release := whenDone(ctx, func() {
+		// What is left to say gets a little time to be written, though the client may not be reading.
+		s.c.nc.SetWriteDeadline(time.Now().Add(lingerTime))
+		s.limited = true
+		closer.close()
+	})
+	defer release()
+	total, readErr, writeErr := s.c.sendStream(stream)
+	s.total = total
+	switch {
+	case writeErr != nil:
+		return writeErr
+	case readErr != nil && ctx.Err() != nil:
+		return ctx.Err()
+	}
+	return readErr
+}
+
+func (s *serverStream) sendResult(body []byte) error {
+	if err := checkBody(len(body), s.c.theirs.maxBody); err != nil {
+		return err
+	}
+	s.begun = true
+	return s.c.write(appendOutcome(nil, frameResult, body, nil))
+}
+
+// uploadBody is the stream of an upload, as its handler has it.
+type uploadBody struct{ s *serverStream }
+
+// Read reads from the stream. io.EOF means that it is complete.
+func (b uploadBody) Read(p []byte) (int, error) {
+	if b.s.handled.Load() {
+		return 0, ErrClosed
+	}
+	n, err := b.s.streamReader.Read(p)
+	return n, b.s.noteEnd(err)
+}
+
+// WriteTo writes the rest of the stream to w; io.Copy calls it.
+func (b uploadBody) WriteTo(w io.Writer) (int64, error) {
+	if b.s.handled.Load() {
+		return 0, ErrClosed
+	}
+	n, err := b.s.streamReader.WriteTo(w)
+	return n, b.s.noteEnd(err)
+}
+
+// noteEnd gives the reader back to the connection's goroutine when the stream has ended. It returns the error for
+// the handler's Read.
+func (s *serverStream) noteEnd(err error) error {
+	if s.err != nil && s.err != errInterrupted && !s.hasEnded() {
+		if s.release() {
+			s.c.resume()
+		}
+		s.c.shrink()
+		close(s.ended)
+	}
+	if err != nil && err != io.EOF && s.ctx.Err() != nil {
+		return s.ctx.Err()
+	}
+	return err
+}
+
+func (s *serverStream) hasEnded() bool {
+	select {
+	case <-s.ended:
+		return true
+	default:
+		return false
+	}
+}
+
+// complete makes sure that a handler which returned success has missed nothing: it may have read all bytes without
+// having seen the end, which then has to be next.
+func (s *serverStream) complete() error {
+	if s.err == nil && s.left == 0 {
+		s.readEndSoon()
+	}
+	switch {
+	case s.err == io.EOF:
+		return nil
+	case s.err == nil, s.err == errInterrupted && s.ctx.Err() == nil:
+		return &Error{Code: FailedPrecondition, Message: "the handler did not read the stream to its end"}
+	case s.err == errInterrupted:
+		return s.ctx.Err()
+	}
+	return s.err
+}
+
+// readEndSoon reads the next frame of the stream if it comes at once.
+func (s *serverStream) readEndSoon() {
+	soon, cancel := context.WithTimeout(s.ctx, lingerTime)
+	defer cancel()
+	release := whenDone(soon, s.c.interrupt)
+	s.err = s.advance()
+	if release() && s.err != errInterrupted {
+		s.c.resume()
+	}
+	s.noteEnd(nil)
+}

@@ -1,0 +1,785 @@
+package rpc
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"math"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unicode/utf8"
+)
+
+// frameType is the first byte of a frame. Directions: C is the client, S the server, "sender" the side that the
+// stream comes from.
+type frameType uint8
+
+const (
+	frameHeartbeat frameType = 0x01 // both:   nothing
+	frameCall      frameType = 0x10 // C to S: id u64, timeout u64 ns (0: none), method str8, body
+	frameReply     frameType = 0x11 // S to C: id u64, code u8, body (code 0) or error text
+	frameCancel    frameType = 0x12 // C to S: id u64
+	frameGoaway    frameType = 0x13 // S to C: last u64: what is above it was not started and never will be
+	frameDownload  frameType = 0x20 // C to S: timeout u64 ns, endpoint str8, body
+	frameUpload    frameType = 0x21 // C to S: timeout u64 ns, endpoint str8, body
+	frameResult    frameType = 0x22 // S to C: code u8, body or error text
+	frameData      frameType = 0x23 // sender: 1 byte to 1 MiB of the stream
+	frameEnd       frameType = 0x24 // sender: total u64: the bytes of the whole stream
+	frameFail      frameType = 0x25 // sender: code u8, error text
+)
+
+const (
+	headerSize   = 8       // type u8, flags u8 = 0, reserved u16 = 0, length u32
+	maxData      = 1 << 20 // bytes in a data frame: a receiver can buffer one, a sender interleaves heartbeats
+	maxErrorText = 4 << 10 // bytes: an error is for people to read
+
+	// lingerTime is how long bytes are read and thrown away before a connection is closed whose peer may still be
+	// sending: closing at once would make TCP drop the last words to it.
+	lingerTime = time.Second
+
+	// smallBuffer is the read buffer of a connection: small, because idle connections keep it.
+	smallBuffer = 2 << 10
+
+	// bodyStep is what is allocated at first for a body: more comes as its bytes arrive.
+	bodyStep = 64 << 10
+
+	// patience is how many of its promised intervals a peer may be silent.
+	patience = 3
+	// watchesPerInterval is how often silence is looked for in one interval.
+	watchesPerInterval = 4
+)
+
+// frameHeader is a frame's header after its checks.
+type frameHeader struct {
+	kind frameType
+	size int // of the payload, in bytes
+}
+
+// errInterrupted is what a read returns after interrupt.
+var errInterrupted = errors.New("rpc: interrupted")
+
+// frameConn sends and receives frames over a connection and watches over its life. One goroutine at a time reads;
+// any may write. The first cause of its end is the one that everybody gets.
+type frameConn struct {
+	nc      net.Conn
+	stats   *counters
+	ours    promises
+	raw     interface{ bytesRead() uint64 } // counts bytes below TLS, whose records come late; may be nil
+	started time.Time                       // what times below are relative to
+
+	// theirs are the peer's promises: set once, by the reader, before it reads a frame.
+	theirs promises
+
+	// Owned by the reader.
+	buf     []byte
+	r, w    int // buf[r:w] is read but not consumed
+	readErr error
+
+	answered  chan struct{} // of a server: closed when its answer is written; nil for a client
+	writing   chan struct{} // the write lock, a channel so that waiting for it can be given up
+	lastWrite atomic.Int64  // when the last write ended
+
+	deadlineMu  sync.Mutex // guards SetReadDeadline against interrupt
+	interrupted bool
+
+	pulseMu sync.Mutex // never held during I/O
+	pulse   pulseState
+
+	read      atomic.Uint64 // bytes
+	listening atomic.Bool   // a Read of nc is under way
+
+	endMu sync.Mutex
+	cause error
+	done  chan struct{} // closed when cause is set
+}
+
+// pulseState is guarded by pulseMu.
+type pulseState struct {
+	on        bool
+	timer     *time.Timer
+	nextWatch time.Duration
+	heard     uint64 // bytes read at the last watch
+	quiet     int    // watches in a row at which the reader waited and nothing had come
+}
+
+func newFrameConn(nc net.Conn, ours promises, stats *counters) *frameConn {
+	c := &frameConn{
+		nc: nc, ours: ours, stats: stats, started: time.Now(),
+		buf: make([]byte, smallBuffer), writing: make(chan struct{}, 1), done: make(chan struct{}),
+	}
+	c.raw, _ = nc.(interface{ bytesRead() uint64 })
+	return c
+}
+
+// peer is the address of the other end.
+func (c *frameConn) peer() string { return addrString(c.nc.RemoteAddr()) }
+
+func addrString(a net.Addr) string {
+	if a == nil {
+		return ""
+	}
+	return a.String()
+}
+
+// fail ends the connection for the given cause, unless it has ended before, and returns the cause of the end.
+func (c *frameConn) fail(cause error) error {
+	c.endMu.Lock()
+	first := c.cause == nil
+	if first {
+		c.cause = cause
+		close(c.done)
+	}
+	cause = c.cause
+	c.endMu.Unlock()
+	if first {
+		// Below TLS first: tls.Conn.Close waits up to five seconds to send an alert through a full pipe.
+		if t, ok := c.nc.(interface{ NetConn() net.Conn }); ok && !errors.Is(cause, errPolite) {
+			t.NetConn().Close()
+		}
+		c.nc.Close()
+	}
+	return cause
+}
+
+// errGoaway is why a request was not started by a server that stops.
+var errGoaway = &Error{Code: Unavailable, Message: "the server is shutting down"}
+
+// errPolite is the cause of an end that both sides expect.
+var errPolite error = &lostError{what: "connection closed", cause: net.ErrClosed}
+
+// close ends a connection on which nothing is in progress.
+func (c *frameConn) close() { c.fail(errPolite) }
+
+// ended returns the cause of the connection's end, nil while it lives.
+func (c *frameConn) ended() error {
+	c.endMu.Lock()
+	defer c.endMu.Unlock()
+	return c.cause
+}
+
+// lost ends the connection for an error of reading or writing it. An EOF where none belongs is io.ErrUnexpectedEOF.
+func (c *frameConn) lost(err error) error {
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return c.fail(&lostError{what: "connection lost", cause: err})
+}
+
+// violation ends the connection because the peer broke the protocol.
+func (c *frameConn) violation(reason string) error {
+	return c.fail(&ProtocolError{Reason: reason})
+}
+
+// shutWrite tells the peer that nothing more will come. It keeps the write lock for good.
+func (c *frameConn) shutWrite() {
+	select {
+	case c.writing <- struct{}{}:
+		closeWrite(c.nc)
+	case <-c.done:
+	}
+}
+
+func closeWrite(nc net.Conn) {
+	if w, ok := nc.(interface{ CloseWrite() error }); ok {
+		w.CloseWrite()
+	}
+}
+
+// linger says last words if there are any, closes the sending direction, throws away what still comes for a short time,
+// and closes. A peer that does not read cannot hold it up.
+func (c *frameConn) linger(lastWords []byte) {
+	c.nc.SetWriteDeadline(time.Now().Add(lingerTime))
+	if len(lastWords) > 0 {
+		c.write(lastWords)
+	}
+	c.shutWrite()
+	discard(c.nc, math.MaxInt64)
+	c.close()
+}
+
+// discard reads and throws away what still comes, for a short time.
+func discard(nc net.Conn, most int64) {
+	nc.SetReadDeadline(time.Now().Add(lingerTime))
+	io.Copy(io.Discard, io.LimitReader(nc, most))
+}
+
+// write sends whole frames. A write that fails, or of which a part was sent, ends the connection.
+func (c *frameConn) write(frames []byte) error {
+	select {
+	case c.writing <- struct{}{}:
+	case <-c.done:
+		return c.ended()
+	}
+	return c.writeLocked(frames)
+}
+
+// writeSoon begins to send whole frames before it returns, but does not wait for the end: the peer may not read them
+// before we read what it writes. wait is called in another goroutine then.
+func (c *frameConn) writeSoon(frames []byte) (wait func() error) {
+	select {
+	case c.writing <- struct{}{}:
+	case <-c.done:
+		return c.ended
+	}
+	return func() error { return c.writeLocked(frames) }
+}
+
+// awaitAnswered returns when the answer of a server is written: before that, nothing is acted on.
+func (c *frameConn) awaitAnswered() error {
+	select {
+	case <-c.answered:
+	case <-c.done:
+	}
+	return c.ended()
+}
+
+// writeLocked is write for who holds the write lock; it releases it.
+func (c *frameConn) writeLocked(frames []byte) error {
+	n, err := c.nc.Write(frames)
+	c.lastWrite.Store(int64(time.Since(c.started)))
+	<-c.writing
+	c.stats.written.Add(uint64(max(n, 0)))
+	if err == nil && n != len(frames) {
+		err = io.ErrShortWrite
+	}
+	if err != nil {
+		return c.lost(err)
+	}
+	return nil
+}
+
+// startPulse begins to send heartbeats and to watch for the peer's: something is in progress.
+func (c *frameConn) startPulse() {
+	c.pulseMu.Lock()
+	defer c.pulseMu.Unlock()
+	if c.pulse.on {
+		return
+	}
+	now := time.Since(c.started)
+	c.pulse.on, c.pulse.quiet, c.pulse.heard = true, 0, c.heard()
+	c.pulse.nextWatch = c.nextWatch(now)
+	if c.pulse.timer == nil {
+		c.pulse.timer = time.AfterFunc(c.nextPulse(now), c.beat)
+	} else {
+		c.pulse.timer.Reset(c.nextPulse(now))
+	}
+}
+
+// stopPulse ends heartbeats and watching: nothing is in progress any more.
+func (c *frameConn) stopPulse() {
+	c.pulseMu.Lock()
+	defer c.pulseMu.Unlock()
+	c.pulse.on = false
+	if c.pulse.timer != nil {
+		c.pulse.timer.Stop()
+	}
+}
+
+// setPromises takes note of what the peer announced. Before that it is not watched.
+func (c *frameConn) setPromises(theirs promises) {
+	c.pulseMu.Lock()
+	defer c.pulseMu.Unlock()
+	c.theirs = theirs
+	if c.pulse.on {
+		now := time.Since(c.started)
+		c.pulse.nextWatch = c.nextWatch(now)
+		c.pulse.timer.Reset(c.nextPulse(now))
+	}
+}
+
+// nextWatch is when silence is to be looked for. The caller holds pulseMu.
+func (c *frameConn) nextWatch(now time.Duration) time.Duration {
+	if c.theirs.heartbeat == 0 {
+		return math.MaxInt64
+	}
+	return now + c.theirs.heartbeat/watchesPerInterval
+}
+
+// nextPulse is the time until a heartbeat is due or silence is looked for. The caller holds pulseMu.
+func (c *frameConn) nextPulse(now time.Duration) time.Duration {
+	due := time.Duration(c.lastWrite.Load()) + c.ours.heartbeat
+	if due <= now { // a write is under way; it counts when it ends
+		due = now + c.ours.heartbeat
+	}
+	return max(0, min(due, c.pulse.nextWatch)-now)
+}
+
+// beat is called by the timer, in a goroutine of its own. The next one is set before anything is written: a write
+// that blocks must not hold up the watch.
+func (c *frameConn) beat() {
+	c.pulseMu.Lock()
+	if !c.pulse.on || c.ended() != nil {
+		c.pulseMu.Unlock()
+		return
+	}
+	now := time.Since(c.started)
+	dead := c.watch(now)
+	due := now >= time.Duration(c.lastWrite.Load())+c.ours.heartbeat
+	c.pulse.timer.Reset(c.nextPulse(now))
+	c.pulseMu.Unlock()
+	if dead {
+		c.fail(&lostError{what: "connection lost", cause: ErrPeerTimeout})
+		return
+	}
+	if due {
+		c.writeHeartbeat()
+	}
+}
+
+// watch tells whether the peer has been silent for too long while the reader listened. Silent watches are counted,
+// not time, so that a pause of this process is not taken for silence of the other. The caller holds pulseMu.
+func (c *frameConn) watch(now time.Duration) (dead bool) {
+	p := &c.pulse
+	if now < p.nextWatch {
+		return false
+	}
+	p.nextWatch = c.nextWatch(now)
+	heard := c.heard()
+	if heard != p.heard || !c.listening.Load() {
+		p.heard, p.quiet = heard, 0
+		return false
+	}
+	p.quiet++
+	return p.quiet > patience*watchesPerInterval
+}
+
+// heard counts the bytes that came.
+func (c *frameConn) heard() uint64 {
+	if c.raw != nil {
+		return c.raw.bytesRead()
+	}
+	return c.read.Load()
+}
+
+// writeHeartbeat sends one unless a write is under way: its bytes are as good.
+func (c *frameConn) writeHeartbeat() {
+	select {
+	case c.writing <- struct{}{}:
+		c.writeLocked([]byte{byte(frameHeartbeat), 0, 0, 0, 0, 0, 0, 0})
+	default:
+	}
+}
+
+// setReadDeadline is that of the connection, except that it cannot undo an interrupt. The zero time is none.
+func (c *frameConn) setReadDeadline(t time.Time) {
+	c.deadlineMu.Lock()
+	defer c.deadlineMu.Unlock()
+	if !c.interrupted {
+		c.nc.SetReadDeadline(t)
+	}
+}
+
+// interrupt makes reads return errInterrupted, now and until resume.
+func (c *frameConn) interrupt() {
+	c.deadlineMu.Lock()
+	defer c.deadlineMu.Unlock()
+	c.interrupted = true
+	c.nc.SetReadDeadline(time.Unix(1, 0))
+}
+
+// resume undoes interrupt and takes away the deadline.
+func (c *frameConn) resume() {
+	c.deadlineMu.Lock()
+	defer c.deadlineMu.Unlock()
+	c.interrupted = false
+	c.nc.SetReadDeadline(time.Time{})
+}
+
+func (c *frameConn) isInterrupted() bool {
+	c.deadlineMu.Lock()
+	defer c.deadlineMu.Unlock()
+	return c.interrupted
+}
+
+// readSome reads once from the connection.
+func (c *frameConn) readSome(p []byte) (int, error) {
+	if c.readErr != nil {
+		return 0, c.readErr
+	}
+	c.listening.Store(true)
+	n, err := c.nc.Read(p)
+	c.listening.Store(false)
+	if n > 0 {
+		c.read.Add(uint64(n))
+		c.stats.read.Add(uint64(n))
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			c.readErr = err
+		}
+		return n, nil
+	}
+	switch {
+	case err == nil:
+		return 0, nil
+	case errors.Is(err, os.ErrDeadlineExceeded) && c.isInterrupted():
+		return 0, errInterrupted
+	case c.ended() != nil && err != io.EOF:
+		return 0, c.ended()
+	}
+	return 0, err
+}
+
+// fill reads until n bytes are in the buffer, which must have room for them. It returns io.EOF only when the stream
+// ends with the buffer empty.
+func (c *frameConn) fill(n int) error {
+	if c.w-c.r >= n {
+		return nil
+	}
+	if c.r > 0 {
+		c.w = copy(c.buf, c.buf[c.r:c.w])
+		c.r = 0
+	}
+	for c.w < n {
+		m, err := c.readSome(c.buf[c.w:])
+		if err == io.EOF && c.w > 0 {
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return err
+		}
+		c.w += m
+	}
+	return nil
+}
+
+// buffered are the bytes that are at hand without reading.
+func (c *frameConn) buffered() []byte { return c.buf[c.r:c.w] }
+
+// ReadByte makes the handshake's line readable.
+func (c *frameConn) ReadByte() (byte, error) {
+	if err := c.fill(1); err != nil {
+		return 0, err
+	}
+	c.r++
+	return c.buf[c.r-1], nil
+}
+
+// next reads the header of the next frame that is not a heartbeat. io.EOF means that the peer ended the stream
+// between frames.
+func (c *frameConn) next() (frameHeader, error) {
+	for {
+		if err := c.fill(headerSize); err != nil {
+			return frameHeader{}, err
+		}
+		h, err := c.parseHeader(c.buf[c.r:])
+		if err != nil {
+			return frameHeader{}, err
+		}
+		c.r += headerSize
+		if h.kind != frameHeartbeat {
+			return h, nil
+		}
+	}
+}
+
+func (c *frameConn) parseHeader(b []byte) (frameHeader, error) {
+	kind, size := frameType(b[0]), binary.BigEndian.Uint32(b[4:])
+	low, high := c.sizes(kind)
+	switch {
+	case high < 0:
+		return frameHeader{}, c.violation("frame of unknown type 0x" + strconv.FormatUint(uint64(kind), 16))
+	case b[1] != 0 || b[2] != 0 || b[3] != 0:
+		return frameHeader{}, c.violation("frame " + kind.String() + " with flags or reserved bytes set")
+	case int64(size) < low || int64(size) > high:
+		return frameHeader{}, c.violation("frame " + kind.String() + " of " + strconv.FormatUint(uint64(size), 10) + " bytes")
+	}
+	return frameHeader{kind, int(size)}, nil
+}
+
+// sizes are the least and the most bytes that the payload of a frame may have; -1, -1 for an unknown type. For those
+// with a name or with an error text, more is checked when these are known.
+func (c *frameConn) sizes(kind frameType) (low, high int64) {
+	body := int64(c.ours.maxBody)
+	switch kind {
+	case frameHeartbeat:
+		return 0, 0
+	case frameCall:
+		return 8 + 8 + 1, 8 + 8 + 1 + maxName + body
+	case frameReply:
+		return 8 + 1, 8 + 1 + max(body, maxErrorText)
+	case frameCancel, frameGoaway, frameEnd:
+		return 8, 8
+	case frameDownload, frameUpload:
+		return 8 + 1, 8 + 1 + maxName + body
+	case frameResult:
+		return 1, 1 + max(body, maxErrorText)
+	case frameData:
+		return 1, maxData
+	case frameFail:
+		return 1, 1 + maxErrorText
+	}
+	return -1, -1
+}
+
+// String names a frame type as the specification does.
+func (t frameType) String() string {
+	switch t {
+	case frameHeartbeat:
+		return "heartbeat"
+	case frameCall:
+		return "call"
+	case frameReply:
+		return "reply"
+	case frameCancel:
+		return "cancel"
+	case frameGoaway:
+		return "goaway"
+	case frameDownload:
+		return "download"
+	case frameUpload:
+		return "upload"
+	case frameResult:
+		return "result"
+	case frameData:
+		return "data"
+	case frameEnd:
+		return "end"
+	case frameFail:
+		return "fail"
+	}
+	return "0x" + strconv.FormatUint(uint64(t), 16)
+}
+
+// field reads n bytes of the payload, which are valid until the next read. n is small.
+func (c *frameConn) field(n int) ([]byte, error) {
+	if err := c.fill(n); err != nil {
+		return nil, noEOF(err)
+	}
+	c.r += n
+	return c.buf[c.r-n : c.r], nil
+}
+
+func (c *frameConn) readUint64() (uint64, error) {
+	b, err := c.field(8)
+	if err != nil {
+		return 0, err
+	}
+	return binary.BigEndian.Uint64(b), nil
+}
+
+// body reads the last n bytes of a payload. Memory grows as they arrive.
+func (c *frameConn) body(n int) ([]byte, error) {
+	b := make([]byte, 0, min(n, bodyStep))
+	for len(b) < n {
+		if len(b) == cap(b) {
+			b = slices.Grow(b, min(n-len(b), len(b)))
+		}
+		m, err := c.readPayload(b[len(b):min(cap(b), n)])
+		if err != nil {
+			return nil, err
+		}
+		b = b[:len(b)+m]
+	}
+	return b, nil
+}
+
+// readPayload reads some bytes of a payload, at least one if p is not empty.
+func (c *frameConn) readPayload(p []byte) (int, error) {
+	for len(p) > 0 {
+		if c.r < c.w {
+			n := copy(p, c.buf[c.r:c.w])
+			c.r += n
+			return n, nil
+		}
+		if len(p) >= len(c.buf) {
+			n, err := c.readSome(p)
+			if n > 0 || err != nil {
+				return n, noEOF(err)
+			}
+		} else if err := c.fill(1); err != nil {
+			return 0, noEOF(err)
+		}
+	}
+	return 0, nil
+}
+
+// skip reads n bytes of a payload and throws them away.
+func (c *frameConn) skip(n int) error {
+	for n > 0 {
+		if err := c.fill(1); err != nil {
+			return noEOF(err)
+		}
+		m := min(n, c.w-c.r)
+		c.r += m
+		n -= m
+	}
+	return nil
+}
+
+// outcome reads the last n bytes of a reply, a result or a fail: a code, then a body or an error text. failed is that
+// error. err is one of the connection.
+func (c *frameConn) outcome(n int) (body []byte, failed *Error, err error) {
+	b, err := c.field(1)
+	if err != nil {
+		return nil, nil, err
+	}
+	code := Code(b[0])
+	n--
+	switch {
+	case code == OK && n > c.ours.maxBody:
+		return nil, nil, c.tooLong("body", n)
+	case code != OK && n > maxErrorText:
+		return nil, nil, c.tooLong("error text", n)
+	}
+	if body, err = c.body(n); err != nil || code == OK {
+		return body, nil, err
+	}
+	return nil, &Error{Code: errorCode(code), Message: strings.ToValidUTF8(string(body), "\uFFFD")}, nil
+}
+
+func (c *frameConn) tooLong(what string, n int) error {
+	return c.violation(what + " of " + strconv.Itoa(n) + " bytes is over the limit")
+}
+
+// request is what a call, a download or an upload carries.
+type request struct {
+	timeout time.Duration // 0: none
+	name    string        // the method or the endpoint
+	body    []byte
+}
+
+// request reads the last n bytes of a call, a download or an upload.
+func (c *frameConn) request(n int) (request, error) {
+	timeout, err := c.readUint64()
+	if err != nil {
+		return request{}, err
+	}
+	b, err := c.field(1)
+	if err != nil {
+		return request{}, err
+	}
+	size := int(b[0])
+	n -= 8 + 1 + size
+	switch {
+	case n < 0:
+		return request{}, c.violation("a name is longer than its frame")
+	case n > c.ours.maxBody:
+		return request{}, c.tooLong("body", n)
+	}
+	name, err := c.field(size)
+	if err != nil {
+		return request{}, err
+	}
+	q := request{timeout: time.Duration(min(timeout, uint64(maxTimeout))), name: string(name)}
+	q.body, err = c.body(n)
+	return q, err
+}
+
+// maxTimeout is as good as none, and can be added to the present time.
+const maxTimeout = 100 * 365 * 24 * time.Hour
+
+func noEOF(err error) error {
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// appendHeader appends a frame's header.
+func appendHeader(b []byte, kind frameType, size int) []byte {
+	b = append(b, byte(kind), 0, 0, 0)
+	return binary.BigEndian.AppendUint32(b, uint32(size))
+}
+
+// finishFrame writes the size of the frame that begins at start and ends with b into its header.
+func finishFrame(b []byte, start int) []byte {
+	binary.BigEndian.PutUint32(b[start+4:], uint32(len(b)-start-headerSize))
+	return b
+}
+
+// appendUint64Frame appends a frame whose payload is one number.
+func appendUint64Frame(b []byte, kind frameType, n uint64) []byte {
+	return binary.BigEndian.AppendUint64(appendHeader(b, kind, 8), n)
+}
+
+// appendRequest appends what a call, a download and an upload have in common.
+func appendRequest(b []byte, timeout time.Duration, name string, body []byte) []byte {
+	b = binary.BigEndian.AppendUint64(b, uint64(timeout))
+	b = append(append(b, byte(len(name))), name...)
+	return append(b, body...)
+}
+
+// appendError appends the code and the text of an error, for a reply, a result or a fail.
+func appendError(b []byte, err error) []byte {
+	return append(append(b, byte(CodeOf(err))), wireText(err)...)
+}
+
+// wireText is the text of an error as it goes onto the wire.
+func wireText(err error) string {
+	text := ""
+	if e, ok := err.(*Error); ok {
+		text = e.Message
+	} else {
+		text = err.Error()
+	}
+	text = strings.ToValidUTF8(text, "\uFFFD")
+	if len(text) <= maxErrorText {
+		return text
+	}
+	cut := maxErrorText
+	for !utf8.RuneStart(text[cut]) {
+		cut--
+	}
+	return text[:cut]
+}
+
+// timeoutOf is the time that ctx leaves, for a request: 0 for none, and never 0 for little.
+func timeoutOf(ctx context.Context) time.Duration {
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		return 0
+	}
+	return max(time.Until(deadline), 1)
+}
+
+// whenDone calls f in a goroutine of its own when ctx ends. release undoes that; when f has been called it waits
+// for it to return, and tells so.
+func whenDone(ctx context.Context, f func()) (release func() (called bool)) {
+	ran := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(ran)
+		f()
+	})
+	return func() bool {
+		if stop() {
+			return false
+		}
+		<-ran
+		return true
+	}
+}
+
+// skipHeartbeat reads a heartbeat of which the first byte is in the buffer.
+func (c *frameConn) skipHeartbeat() error {
+	if err := c.fill(headerSize); err != nil {
+		return noEOF(err)
+	}
+	if _, err := c.parseHeader(c.buf[c.r:]); err != nil {
+		return err
+	}
+	c.r += headerSize
+	return nil
+}
+
+// result is how a request ended: with a body, with an error of the handler, or with one of the connection.
+type result struct {
+	body       []byte
+	failed     *Error
+	err        error
+	notStarted bool // err, and the server has not started the request and never will
+}
+
+// checkBody holds the limit of the receiver on the sender's side.
+func checkBody(size, limit int) error {
+	if size <= limit {
+		return nil
+	}
+	return &Error{Code: ResourceExhausted, Message: "a message of " + strconv.Itoa(size) +
+		" bytes is too large: the peer accepts " + strconv.Itoa(limit)}
+}

@@ -1,0 +1,3 @@
+module example.org/rpc
+
+go 1.25

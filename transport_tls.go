@@ -1,0 +1,485 @@
+//go:build !rpc_notls
+
+package rpc
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// TLSConnecter connects with TLS over TCP. The server knows its clients by their certificates.
+//
+// The fields, and what Config refers to, must not be changed once it is in use; Connect is safe for concurrent use.
+type TLSConnecter struct {
+	Addr   string      // host:port of the server
+	Config *tls.Config // must not be nil; see ClientTLSConfig. Without a ServerName the host of Addr is the one to verify
+	Dialer net.Dialer  // how to dial: time limits, local address, keep-alive; the zero value is fine
+}
+
+// Connect dials Addr and does the handshake, both within ctx; after that ctx has no part in the connection. The
+// caller closes it. It has the methods of [tls.Conn]; its NetConn is the TCP connection.
+//
+// Errors name Addr, say in words what the server seems to speak if it is not TLS, and wrap those of packages net, tls
+// and x509 for errors.Is, errors.As and Timeout. With TLS 1.3 a server verifies the client only after the client's
+// side of the handshake: that it does not like the client's certificate is what the first Read returns.
+func (c *TLSConnecter) Connect(ctx context.Context) (net.Conn, error) {
+	if c.Config == nil {
+		return nil, errors.New("rpc: connect to " + printable(c.Addr) + ": the TLSConnecter's Config is nil")
+	}
+	plain, err := dialTCP(ctx, &c.Dialer, c.Addr)
+	if err != nil {
+		return nil, err
+	}
+	conn := newTLSConn(tls.Client, plain, c.config())
+	if err := conn.HandshakeContext(ctx); err != nil {
+		plain.Close()
+		return nil, &lostError{"TLS handshake with " + printable(c.Addr) + handshakeHint(err, "the server"), err}
+	}
+	return conn, nil
+}
+
+// config is Config with a name to verify.
+func (c *TLSConnecter) config() *tls.Config {
+	host, _, err := net.SplitHostPort(c.Addr)
+	if err != nil || c.Config.ServerName != "" {
+		return c.Config
+	}
+	config := c.Config.Clone()
+	config.ServerName, _, _ = strings.Cut(host, "%") // certificates have no zones
+	return config
+}
+
+// ListenTLS listens with TLS on addr (host:port; without a host on every address, with port 0 on one that is free). A
+// client's identity is the Common Name of its certificate, or if that is empty the first DNS name in it. It must be a
+// valid one (see [Listener]), and one of identities if any are listed; without any, each client that verifies may
+// connect. Others are refused with PermissionDenied.
+//
+// The config must have ClientAuth tls.RequireAndVerifyClientCert, the authorities that clients' certificates come
+// from in ClientCAs (nil would mean all those that the system trusts), and a certificate of its own. What its
+// GetConfigForClient returns, if there is one, must have the same. A config that does not, or an identity that is not
+// valid, is an error at once; other errors name addr. The config is copied. The caller closes the Listener, or hands
+// it to a Server; Authenticate is safe for concurrent use. See [ServerTLSConfig].
+func ListenTLS(addr string, config *tls.Config, identities ...string) (*Listener, error) {
+	if err := checkServerConfig(config); err != nil {
+		return nil, err
+	}
+	for _, identity := range identities {
+		if !validIdentity(identity) {
+			return nil, errors.New("rpc: listen with TLS: " + quoted(identity) + " is not a valid identity")
+		}
+	}
+	l, err := listenTCP(addr)
+	if err != nil {
+		return nil, err
+	}
+	server := &tlsServer{config.Clone(), slices.Clone(identities)}
+	return &Listener{Listener: l, Authenticate: server.authenticate}, nil
+}
+
+func checkServerConfig(config *tls.Config) error {
+	wrong := ""
+	switch {
+	case config == nil:
+		wrong = "is nil"
+	case config.GetConfigForClient != nil: // what it returns is seen at the handshake
+	case config.ClientAuth != tls.RequireAndVerifyClientCert:
+		wrong = "must have ClientAuth RequireAndVerifyClientCert: clients are known by their certificates"
+	case config.ClientCAs == nil:
+		wrong = "has no ClientCAs: whom the system trusts would be trusted"
+	case len(config.Certificates) == 0 && config.GetCertificate == nil:
+		wrong = "has no certificate: Certificates and GetCertificate are empty"
+	}
+	if wrong == "" {
+		return nil
+	}
+	return errors.New("rpc: listen with TLS: the config " + wrong)
+}
+
+// tlsServer is what Authenticate knows; nothing of it changes.
+type tlsServer struct {
+	config     *tls.Config
+	identities []string // none: whoever verifies
+}
+
+// authenticate is the Authenticate of a Listener. With an error it returns the TLS connection as well, for the
+// refusal.
+func (s *tlsServer) authenticate(ctx context.Context, plain net.Conn) (net.Conn, string, error) {
+	conn := newTLSConn(tls.Server, plain, s.config)
+	if err := conn.HandshakeContext(ctx); err != nil {
+		return conn, "", &lostError{"TLS handshake" + handshakeHint(err, "the client"), err}
+	}
+	identity, err := s.identify(conn.ConnectionState())
+	return conn, identity, err
+}
+
+func (s *tlsServer) identify(state tls.ConnectionState) (string, error) {
+	if len(state.VerifiedChains) == 0 { // only a config from GetConfigForClient lets one through
+		return "", &Error{Unauthenticated, "the client's certificate was not verified"}
+	}
+	name := certificateName(state.PeerCertificates[0])
+	refused := "client " + quoted(name) + " is not allowed"
+	switch {
+	case name == "":
+		return "", &Error{PermissionDenied, refused + ": its certificate has no Common Name and no DNS name"}
+	case !validIdentity(name):
+		return "", &Error{PermissionDenied, refused + ": its name is not a valid identity"}
+	case len(s.identities) > 0 && !slices.Contains(s.identities, name):
+		return "", &Error{PermissionDenied, refused}
+	}
+	return name, nil
+}
+
+func certificateName(leaf *x509.Certificate) string {
+	if leaf.Subject.CommonName == "" && len(leaf.DNSNames) > 0 {
+		return leaf.DNSNames[0]
+	}
+	return leaf.Subject.CommonName
+}
+
+// handshakeHint says in words what may be behind a handshake's error, where that does not say so itself.
+func handshakeHint(err error, peer string) string {
+	var notTLS tls.RecordHeaderError
+	switch {
+	case errors.As(err, &notTLS):
+		return ": " + peer + " seems to speak " + spokenInstead(string(notTLS.RecordHeader[:]))
+	case hungUp(err):
+		return ": " + peer + " closed the connection; it may not speak TLS, or refuses this side"
+	}
+	return ""
+}
+
+// hungUp tells whether the peer ended the connection, or the network did. The alerts of TLS are net.OpErrors, too.
+func hungUp(err error) bool {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return true
+	}
+	var lost *net.OpError
+	return errors.As(err, &lost) && (lost.Op == "read" || lost.Op == "write") &&
+		!lost.Timeout() && !errors.Is(err, net.ErrClosed)
+}
+
+// spokenInstead names a protocol by its first five bytes, which is what crypto/tls shows of it.
+func spokenInstead(start string) string {
+	switch start {
+	case "ZREPL":
+		return "ZREPL-RPC without TLS"
+	case "SSH-1", "SSH-2":
+		return "SSH, not TLS"
+	case "HTTP/", "GET /", "HEAD ", "POST ", "PUT /", "PRI *", "OPTIO", "CONNE", "DELET", "PATCH":
+		return "HTTP without TLS"
+	}
+	return "something other than TLS, which begins with " + quoted(start)
+}
+
+// ClientTLSConfig returns a config for a [TLSConnecter] from files in PEM form: the authorities that the server's
+// certificate may come from, and this side's own certificate, with what is between it and its authority, and key.
+// ServerName is the name that the server's certificate must have; empty: the host that is dialed. It is TLS 1.3 and
+// no sessions are resumed: each connection verifies the server anew.
+//
+// A certificate that is renewed on disk is used from the next handshake on. While the new files cannot be read, or do
+// not fit together, the old certificate stays in use. The authorities are read once. Errors name the file that is
+// wrong. The config may be used by several connecters at once.
+func ClientTLSConfig(caFile, certFile, keyFile, serverName string) (*tls.Config, error) {
+	pool, files, err := readTLSFiles(caFile, certFile, keyFile)
+	if err != nil {
+		return nil, err
+	}
+	config := newTLSConfig()
+	config.RootCAs, config.ServerName = pool, serverName
+	config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		return files.current(), nil
+	}
+	return config, nil
+}
+
+// ServerTLSConfig returns a config for [ListenTLS] from files in PEM form: the authorities that clients' certificates
+// may come from, and this side's own certificate, with what is between it and its authority, and key. It is TLS 1.3,
+// a client's certificate is required and verified, and there are no session tickets: each connection verifies its
+// client anew.
+//
+// Certificates that are renewed on disk are taken up, and errors are, as by [ClientTLSConfig]. The config may be used
+// by several listeners at once.
+func ServerTLSConfig(caFile, certFile, keyFile string) (*tls.Config, error) {
+	pool, files, err := readTLSFiles(caFile, certFile, keyFile)
+	if err != nil {
+		return nil, err
+	}
+	config := newTLSConfig()
+	config.ClientCAs, config.ClientAuth = pool, tls.RequireAndVerifyClientCert
+	config.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+		return files.current(), nil
+	}
+	return config, nil
+}
+
+// newTLSConfig is what both sides have in common.
+func newTLSConfig() *tls.Config {
+	return &tls.Config{
+		MinVersion:                  tls.VersionTLS13,
+		SessionTicketsDisabled:      true,
+		DynamicRecordSizingDisabled: true, // small first records are for browsers; here they cost CPU
+	}
+}
+
+func readTLSFiles(caFile, certFile, keyFile string) (*x509.CertPool, *certificateFiles, error) {
+	pool, err := readAuthorities(caFile)
+	if err != nil {
+		return nil, nil, err
+	}
+	files := &certificateFiles{certFile: certFile, keyFile: keyFile}
+	return pool, files, files.reload()
+}
+
+func readAuthorities(file string) (*x509.CertPool, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return nil, &fileError{"CA", file, err}
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(data) {
+		return nil, &fileError{"CA", file, errNoCertificate}
+	}
+	return pool, nil
+}
+
+var errNoCertificate = errors.New("no certificate in PEM form in it")
+
+// fileError says which file is wrong.
+type fileError struct {
+	kind, file string
+	cause      error
+}
+
+func (e *fileError) Error() string {
+	return "rpc: " + e.kind + " file " + printable(e.file) + ": " + e.cause.Error()
+}
+func (e *fileError) Unwrap() error { return e.cause }
+
+// certificateFiles is a certificate and its key on disk.
+type certificateFiles struct {
+	certFile, keyFile string // set once
+
+	mu    sync.Mutex // held over reading the files, so that they are read once for all handshakes that wait
+	cert  *tls.Certificate
+	state [2]fs.FileInfo // of the files that cert comes from
+}
+
+// current is the certificate to use in a handshake: what is on disk now, or the last one that was good.
+func (f *certificateFiles) current() *tls.Certificate {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.changed() {
+		_ = f.reload() // renewals write one file after the other; the next handshake tries again
+	}
+	return f.cert
+}
+
+func (f *certificateFiles) changed() bool {
+	for i, file := range []string{f.certFile, f.keyFile} {
+		was := f.state[i]
+		is, err := os.Stat(file)
+		if err == nil && !(os.SameFile(was, is) && was.ModTime().Equal(is.ModTime()) && was.Size() == is.Size()) {
+			return true
+		}
+	}
+	return false
+}
+
+// reload reads the files. Their state is taken before, so that a change while they are read is seen the next time.
+func (f *certificateFiles) reload() error {
+	certPEM, certState, err := readPart("certificate", f.certFile)
+	if err != nil {
+		return err
+	}
+	keyPEM, keyState, err := readPart("key", f.keyFile)
+	if err != nil {
+		return err
+	}
+	if !x509.NewCertPool().AppendCertsFromPEM(certPEM) {
+		return &fileError{"certificate", f.certFile, errNoCertificate}
+	}
+	cert, err := tls.X509KeyPair(certPEM, keyPEM)
+	if err != nil {
+		return &fileError{"certificate", f.certFile + " with key file " + f.keyFile, err}
+	}
+	f.cert, f.state = &cert, [2]fs.FileInfo{certState, keyState}
+	return nil
+}
+
+func readPart(kind, file string) ([]byte, fs.FileInfo, error) {
+	state, err := os.Stat(file)
+	if err != nil {
+		return nil, nil, &fileError{kind, file, err}
+	}
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return nil, nil, &fileError{kind, file, err}
+	}
+	if block, _ := pem.Decode(data); block == nil {
+		return nil, nil, &fileError{kind, file, errors.New("nothing in PEM form in it")}
+	}
+	return data, state, nil
+}
+
+// tlsConn is a tls.Conn that tells the recordConn beneath it where a Write begins and ends.
+type tlsConn struct {
+	*tls.Conn
+	records *recordConn
+
+	writing sync.Mutex  // held by Write until all is with the kernel, and by what must not come in between
+	closed  atomic.Bool // Close was called
+}
+
+// newTLSConn returns the side of a connection that role, tls.Client or tls.Server, gives.
+func newTLSConn(role func(net.Conn, *tls.Config) *tls.Conn, plain net.Conn, config *tls.Config) *tlsConn {
+	records := &recordConn{Conn: plain}
+	return &tlsConn{Conn: role(records, config), records: records}
+}
+
+// corkMin is the length up to which a Write is one record, so that there is nothing to gather.
+const corkMin = 1 << 10
+
+// Write returns when all of p is with the kernel; on the way there, records wait for others to share a system call.
+func (c *tlsConn) Write(p []byte) (int, error) {
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	if len(p) <= corkMin {
+		return c.Conn.Write(p)
+	}
+	c.records.cork()
+	n, err := c.Conn.Write(p)
+	if flushErr := c.records.uncork(); err == nil {
+		err = flushErr
+	}
+	if err != nil {
+		return 0, err // how much the peer has, nobody can say; the connection is of no more use
+	}
+	return n, nil
+}
+
+// CloseWrite tells the peer that no more comes. Like that of [tls.Conn] it waits for a Write in progress.
+func (c *tlsConn) CloseWrite() error {
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	return c.Conn.CloseWrite()
+}
+
+// closeTimeout bounds what Close takes to say goodbye to a peer that does not read.
+const closeTimeout = 5 * time.Second
+
+// Close closes the connection, which ends a Read and a Write in progress. The peer is told that this is the end,
+// unless a Write is in progress: its bytes are cut short anyway, and to wait for it could take for ever.
+func (c *tlsConn) Close() error {
+	if c.closed.Swap(true) {
+		return net.ErrClosed
+	}
+	if !c.writing.TryLock() {
+		return c.records.Close()
+	}
+	defer c.writing.Unlock()
+	// crypto/tls waits for its lock before it sets a deadline; a Read that answers a key update may be stuck with it.
+	c.SetWriteDeadline(time.Now().Add(closeTimeout))
+	return c.Conn.Close()
+}
+
+// NetConn returns the connection beneath TLS. To read from it or to write to it breaks the connection.
+func (c *tlsConn) NetConn() net.Conn { return c.records.Conn }
+
+// bytesRead counts what has come from the peer, including what is not decrypted yet: a record that comes slowly is a
+// sign of life long before crypto/tls has all of it. It is safe for concurrent use.
+func (c *tlsConn) bytesRead() uint64 { return c.records.received.Load() }
+
+// recordConn is beneath a tls.Conn. That makes a system call for each record of 16 KiB that it writes; this one
+// gathers them. It alters no byte and keeps their order. Reads are only counted: crypto/tls reads up to 40 KiB at a
+// time where that much is there, and more did not measure better.
+type recordConn struct {
+	net.Conn
+	received atomic.Uint64 // bytes read from Conn
+
+	mu       sync.Mutex // the write lock: held while writing to Conn, so that records keep their order
+	corked   bool       // between cork and uncork
+	gathered *[gatherSize]byte
+	held     []byte // what waits, in gathered
+	writeErr error  // Conn's first; records are missing from there on, so every later Write has it, too
+}
+
+// gatherSize is how much is written in one system call. On Linux's loopback a segment has 65483 bytes, and one call
+// that makes two segments is a good deal slower; elsewhere the last few bytes do not matter.
+const gatherSize = 65483
+
+// gatherBuffers are lent for the time of a Write, so that idle connections need none.
+var gatherBuffers = sync.Pool{New: func() any { return new([gatherSize]byte) }}
+
+// Read reads, and counts.
+func (r *recordConn) Read(p []byte) (int, error) {
+	n, err := r.Conn.Read(p)
+	r.received.Add(uint64(n))
+	return n, err
+}
+
+// Write writes records, or has them wait while corked. Besides those of the Write in progress there are few: Close's
+// goodbye, and what a Read has to answer.
+func (r *recordConn) Write(p []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.corked {
+		return r.writeLocked(p)
+	}
+	for rest := p; ; {
+		n := copy(r.gathered[len(r.held):], rest)
+		r.held, rest = r.gathered[:len(r.held)+n], rest[n:]
+		if len(rest) == 0 {
+			return len(p), nil
+		}
+		if err := r.flushLocked(); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// cork has what is written from now on wait until there is enough for a system call.
+func (r *recordConn) cork() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.corked, r.gathered = true, gatherBuffers.Get().(*[gatherSize]byte)
+}
+
+// uncork ends that, and writes what waits.
+func (r *recordConn) uncork() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	err := r.flushLocked()
+	gatherBuffers.Put(r.gathered)
+	r.corked, r.gathered = false, nil
+	return err
+}
+
+func (r *recordConn) flushLocked() error {
+	if len(r.held) == 0 {
+		return r.writeErr
+	}
+	_, err := r.writeLocked(r.held)
+	r.held = nil
+	return err
+}
+
+func (r *recordConn) writeLocked(p []byte) (int, error) {
+	if r.writeErr != nil {
+		return 0, r.writeErr
+	}
+	n, err := r.Conn.Write(p)
+	r.writeErr = err
+	return n, err
+}
