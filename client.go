@@ -86,7 +86,8 @@ type Client struct {
 
 // controlDial is an attempt to connect that all callers wait for.
 type controlDial struct {
-	done chan struct{}
+	done chan struct{} // closed when one of the others is set
+	cc   *controlClient
 	err  error
 }
 
@@ -181,11 +182,14 @@ func (c *Client) call(ctx context.Context, method string, req, res Message) erro
 		switch {
 		case r.err == errNotBegun && ctx.Err() == nil:
 			continue
-		case c.mayRetry(ctx, r.notStarted, r.err) && !retried:
+		case r.again && !retried && ctx.Err() == nil:
 			retried = true
 			continue
 		}
-		return op.outcome(ctx, result(r), res)
+		if r.err != nil && c.ctx.Err() != nil {
+			r.err = ErrClosed
+		}
+		return op.outcome(ctx, r, res)
 	}
 }
 
@@ -198,11 +202,6 @@ func (c *Client) check(ctx context.Context, name string) error {
 		return &Error{Code: InvalidArgument, Message: "the name " + quoted(name) + " is not 1 to 255 bytes long"}
 	}
 	return ctx.Err()
-}
-
-// mayRetry tells whether a request ended in a way that lets it be tried again.
-func (c *Client) mayRetry(ctx context.Context, notStarted bool, err error) bool {
-	return notStarted && ctx.Err() == nil && CodeOf(err) == Unavailable
 }
 
 // with returns the error, complete.
@@ -262,7 +261,7 @@ func (c *Client) download(ctx context.Context, endpoint string, req, res Message
 		op.peer = d.c.peer()
 		release := whenDone(ctx, func() { d.c.fail(ctx.Err()) })
 		r := d.roundTrip(frameDownload, ctx, endpoint, body)
-		if c.mayRetry(ctx, r.notStarted, r.err) && !retried {
+		if r.again && !retried && ctx.Err() == nil {
 			release()
 			c.settle(d)
 			continue
@@ -322,29 +321,39 @@ func (c *Client) upload(ctx context.Context, endpoint string, req Message, r io.
 	if err != nil {
 		return op.with(err, fateNotRun)
 	}
-	d, err := c.dataConn(ctx)
-	if err != nil {
-		return op.with(err, fateNotRun)
+	for retried := false; ; retried = true {
+		d, err := c.dataConn(ctx)
+		if err != nil {
+			return op.with(err, fateNotRun)
+		}
+		op.peer = d.c.peer()
+		result, sourceErr, begun := c.uploadOver(ctx, d, endpoint, body, r, closer)
+		if !begun && result.again && !retried && ctx.Err() == nil {
+			continue
+		}
+		if sourceErr != nil {
+			return op.with(&detailError{"the source failed", sourceErr}, "")
+		}
+		return op.outcome(ctx, result, res)
 	}
+}
+
+// uploadOver uploads over a data connection, and gives that back. begun tells whether r may have been read from.
+func (c *Client) uploadOver(ctx context.Context, d *dataClient, endpoint string, body []byte, r io.Reader, closer *sourceCloser) (res result, sourceErr error, begun bool) {
 	defer c.settle(d)
-	op.peer = d.c.peer()
 	release := whenDone(ctx, func() {
 		d.c.fail(ctx.Err())
 		closer.close()
 	})
 	defer release()
-	if r, ok := d.begin(frameUpload, timeoutOf(ctx), endpoint, body); !ok {
-		return op.outcome(ctx, r, nil)
+	res, begun = d.begin(frameUpload, timeoutOf(ctx), endpoint, body)
+	if begun {
+		res, sourceErr = d.upload(r, closer)
 	}
-	result, sourceErr := d.upload(r, closer)
-	if sourceErr != nil {
-		return op.with(&detailError{"the source failed", sourceErr}, "")
+	if res.failed != nil || sourceErr != nil {
+		d.c.close() // as the server does: what was sent may have crossed its result
 	}
-	err = op.outcome(ctx, result, res)
-	if err != nil {
-		d.c.fail(err) // the server closes the connection, too
-	}
-	return err
+	return res, sourceErr, begun
 }
 
 // Dial connects to a label of the user's own, which the server serves with HandleLabel, and returns the connection
@@ -461,9 +470,6 @@ func (c *Client) connect(ctx context.Context, label string) (fc *frameConn, read
 	}
 	c.conns[fc] = struct{}{}
 	c.mu.Unlock()
-	c.stats.conns.Add(1)
-	c.stats.openConns.Add(1)
-	c.config.Logger.DebugContext(ctx, "connected", "peer", fc.peer(), "label", label)
 	late := time.AfterFunc(c.config.HandshakeTimeout-time.Since(began), func() { fc.fail(c.handshakeEnded(c.ctx)) })
 	return fc, func() error {
 		theirs, err := c.readAnswer(fc, label)
@@ -472,14 +478,24 @@ func (c *Client) connect(ctx context.Context, label string) (fc *frameConn, read
 			return fc.fail(err)
 		}
 		fc.setPromises(theirs)
+		c.noteOpen(fc, label)
 		return nil
 	}, nil
+}
+
+// noteOpen counts a connection whose handshake has succeeded.
+func (c *Client) noteOpen(fc *frameConn, label string) {
+	c.stats.conns.Add(1)
+	c.stats.openConns.Add(1)
+	c.config.Logger.DebugContext(c.ctx, "connected", "peer", fc.peer(), "label", label)
 }
 
 // forget notes that a connection has ended.
 func (c *Client) forget(fc *frameConn) {
 	fc.stopPulse()
-	c.stats.openConns.Add(-1)
+	if fc.theirs.heartbeat != 0 {
+		c.stats.openConns.Add(-1)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.conns, fc)
@@ -506,32 +522,32 @@ func (c *Client) controlConn(ctx context.Context) (*controlClient, error) {
 		}
 		dial, reset := c.dialing, c.reset
 		c.mu.Unlock()
-		if err := c.awaitDial(ctx, dial, wait, reset); err != nil {
+		if dial != nil {
+			select {
+			case <-dial.done:
+				return dial.cc, dial.err // though the connection may have ended again: why it did is the call's error
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+		}
+		if err := c.sleep(ctx, wait, reset); err != nil {
 			return nil, err
 		}
 	}
 }
 
-// awaitDial waits for the attempt to connect, or until one may be made.
-func (c *Client) awaitDial(ctx context.Context, dial *controlDial, wait time.Duration, reset <-chan struct{}) error {
-	if dial == nil {
-		timer := time.NewTimer(wait)
-		defer timer.Stop()
-		select {
-		case <-timer.C:
-		case <-reset:
-		case <-c.ctx.Done():
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		return nil
-	}
+// sleep returns after the wait, and when reset is closed or the client is. Its error is that of ctx.
+func (c *Client) sleep(ctx context.Context, wait time.Duration, reset <-chan struct{}) error {
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
 	select {
-	case <-dial.done:
-		return dial.err
+	case <-timer.C:
+	case <-reset:
+	case <-c.ctx.Done():
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+	return nil
 }
 
 // runControl makes the control connection and reads from it until it ends.
@@ -552,6 +568,7 @@ func (c *Client) runControl(dial *controlDial) {
 	cc := newControlClient(fc, c.preface(labelControl), c.config.IdleTimeout)
 	c.mu.Lock()
 	c.control, c.dialing = cc, nil
+	dial.cc = cc
 	c.mu.Unlock()
 	close(dial.done)
 	cc.run(readAnswer, func(cause error) { c.controlEnded(cc, cause) })
@@ -612,7 +629,11 @@ func (c *Client) dataConn(ctx context.Context) (*dataClient, error) {
 		d.c.interrupt()
 		if <-d.watched; d.c.ended() == nil {
 			d.c.resume()
-			return d, nil
+			if d.c.nothingWaits() {
+				return d, nil
+			}
+			d.c.close()
+			c.forget(d.c)
 		}
 	}
 }
@@ -681,9 +702,8 @@ func (c *Client) WaitForConnectivity(ctx context.Context) error {
 		c.mu.Lock()
 		reset := c.reset
 		c.mu.Unlock()
-		c.awaitDial(ctx, nil, backoff(failures), reset)
-		if ctx.Err() != nil {
-			return &detailError{"no connectivity: " + bareText(err), ctx.Err()}
+		if ctxErr := c.sleep(ctx, backoff(failures), reset); ctxErr != nil {
+			return &detailError{"no connectivity: " + bareText(err), ctxErr}
 		}
 	}
 }

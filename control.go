@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"math"
 	"os"
 	"strconv"
 	"sync"
@@ -34,7 +35,8 @@ type frameQueue struct {
 	finishing bool // no frame comes after those in pending
 	room      chan struct{}
 	appended  uint64 // frames
-	taken     uint64 // frames of which a byte may have been written
+	taken     uint64 // frames that were taken to be written
+	touched   uint64 // frames of which a byte may have been written
 }
 
 // batchBuffers holds *[]byte of batchSize.
@@ -103,7 +105,8 @@ func (q *frameQueue) flush() {
 	for {
 		batch, finished := q.take()
 		for i, frames := range batch {
-			if q.c.write(frames) != nil {
+			if touched, err := q.c.writeTouching(frames); err != nil {
+				q.noteFailure(touched || i > 0)
 				return
 			}
 			if batch[i] = nil; cap(frames) == batchSize {
@@ -120,8 +123,17 @@ func (q *frameQueue) flush() {
 			return
 		}
 		q.mu.Lock()
-		q.spare = batch[:0]
+		q.spare, q.touched = batch[:0], q.taken
 		q.mu.Unlock()
+	}
+}
+
+// noteFailure notes whether some of what was taken last may have been written.
+func (q *frameQueue) noteFailure(touched bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if touched {
+		q.touched = q.taken
 	}
 }
 
@@ -142,11 +154,11 @@ func (q *frameQueue) take() (batch [][]byte, finished bool) {
 	return batch, false
 }
 
-// untouched tells whether no byte of the frame with this number was written.
+// untouched tells, after flush has ended, whether no byte of the frame with this number was written.
 func (q *frameQueue) untouched(number uint64) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return number > q.taken
+	return number > q.touched
 }
 
 // appendCall appends a call frame whose id is still to come.
@@ -169,10 +181,11 @@ type controlClient struct {
 	mu        sync.Mutex
 	calls     map[uint64]*pendingCall // awaited
 	lastID    uint64
-	useless   bool // no call begins any more: goaway was read, or the connection is about to be closed
-	ended     bool // nothing is written any more
+	refusal   error // why no call begins any more, nil while they do: errGoaway, errNotBegun, or cause
+	cause     error // of the connection's end: nothing is written any more
 	replies   uint64
-	idleSince time.Time
+	users     int       // callers that are in call
+	idleSince time.Time // since users is 0
 	idleTimer *time.Timer
 }
 
@@ -184,7 +197,7 @@ type pendingCall struct {
 }
 
 // errNotBegun is why a call was not even tried on a connection: that was about to be closed.
-var errNotBegun = errors.New("rpc: the connection was about to be closed")
+var errNotBegun = errors.New("rpc: the connection was idle and about to be closed")
 
 func newControlClient(c *frameConn, preface []byte, idleTimeout time.Duration) *controlClient {
 	cc := &controlClient{
@@ -192,18 +205,15 @@ func newControlClient(c *frameConn, preface []byte, idleTimeout time.Duration) *
 		calls: make(map[uint64]*pendingCall), idleSince: time.Now(),
 	}
 	cc.q.c = c
-	cc.q.append(preface) // run flushes it, together with what comes until then
+	cc.idleTimer = time.AfterFunc(math.MaxInt64, cc.closeIfIdle) // run sets it
+	cc.q.append(preface)                                         // run flushes it, together with what comes until then
 	return cc
 }
 
 // run reads until the connection ends. readAnswer reads the server's answer and sets its promises; ended is called
 // with the cause of the end, before the calls that still wait get it.
 func (cc *controlClient) run(readAnswer func() error, ended func(cause error)) {
-	cc.mu.Lock()
-	if cc.idleTimeout > 0 {
-		cc.idleTimer = time.AfterFunc(cc.idleTimeout, cc.closeIfIdle)
-	}
-	cc.mu.Unlock()
+	cc.idleTimer.Reset(cc.grace())
 	cc.c.startPulse()
 	cc.flushers.Go(cc.q.flush)
 	err := readAnswer()
@@ -213,14 +223,19 @@ func (cc *controlClient) run(readAnswer func() error, ended func(cause error)) {
 	}
 	cc.c.stopPulse()
 	ended(err)
-	cc.end(err)
+	cc.mu.Lock()
+	if cc.cause = err; cc.refusal == nil || err != errPolite {
+		cc.refusal = err
+	}
+	cc.mu.Unlock()
 	cc.flushers.Wait()
+	cc.end(err)
 }
 
 // flushLocked writes in a goroutine of its own, so that the caller can leave when its ctx ends: half a frame cannot
 // be taken back. The goroutine ends when nothing is pending or the connection has ended; run waits for it.
 func (cc *controlClient) flushLocked(mustFlush bool) {
-	if mustFlush && !cc.ended {
+	if mustFlush && cc.cause == nil {
 		cc.flushers.Go(cc.q.flush)
 	}
 }
@@ -240,7 +255,7 @@ func (cc *controlClient) readFrames() error {
 // readFailed ends the connection for an error of reading it.
 func (cc *controlClient) readFailed(err error) error {
 	cc.mu.Lock()
-	expected := err == io.EOF && cc.useless && len(cc.calls) == 0
+	expected := err == io.EOF && cc.refusal != nil && len(cc.calls) == 0
 	cc.mu.Unlock()
 	if expected {
 		return cc.c.fail(errPolite)
@@ -292,15 +307,15 @@ func (cc *controlClient) readGoaway() error {
 	}
 	cc.mu.Lock()
 	defer cc.mu.Unlock()
-	if cc.useless {
+	if cc.refusal == errGoaway {
 		return cc.c.violation("a second goaway")
 	}
-	cc.useless = true
+	cc.refusal = errGoaway
 	cc.replies++ // the server is well: its end is no failure
 	for id, call := range cc.calls {
 		if id > last {
 			cc.forgetLocked(id)
-			call.result = result{err: errGoaway, notStarted: true}
+			call.result = unstarted(errGoaway, true)
 			call.done <- struct{}{}
 		}
 	}
@@ -311,16 +326,26 @@ func (cc *controlClient) readGoaway() error {
 func (cc *controlClient) end(cause error) {
 	cc.mu.Lock()
 	defer cc.mu.Unlock()
-	cc.useless, cc.ended = true, true
-	if cc.idleTimer != nil {
-		cc.idleTimer.Stop()
-	}
+	cc.idleTimer.Stop()
 	var refused *HandshakeError
-	nothingStarted := errors.As(cause, &refused)
+	wasRefused := errors.As(cause, &refused)
 	for id, call := range cc.calls {
 		cc.forgetLocked(id)
-		call.result = result{err: cause, notStarted: nothingStarted || cc.q.untouched(call.number)}
+		call.result = result{err: cause}
+		if wasRefused || cc.q.untouched(call.number) {
+			call.result = unstarted(cause, cc.connected())
+		}
 		call.done <- struct{}{}
+	}
+}
+
+// connected tells whether the server has answered.
+func (cc *controlClient) connected() bool {
+	select {
+	case <-cc.answered:
+		return true
+	default:
+		return false
 	}
 }
 
@@ -328,33 +353,65 @@ func (cc *controlClient) end(cause error) {
 func (cc *controlClient) forgetLocked(id uint64) *pendingCall {
 	call := cc.calls[id]
 	delete(cc.calls, id)
-	if call != nil && len(cc.calls) == 0 {
-		cc.idleSince = time.Now()
-		if cc.idleTimeout < 0 && !cc.useless {
-			cc.useless = true
-			cc.flushers.Go(cc.c.close) // waits for nothing but a TLS alert, for five seconds at the most
-		}
-	}
 	return call
+}
+
+// enter notes that the connection is in use, unless no call begins any more.
+func (cc *controlClient) enter() error {
+	cc.mu.Lock()
+	defer cc.mu.Unlock()
+	if cc.refusal == nil {
+		cc.users++
+	}
+	return cc.refusal
+}
+
+func (cc *controlClient) leave() {
+	cc.mu.Lock()
+	defer cc.mu.Unlock()
+	cc.users--
+	cc.idleSince = time.Now()
+	if cc.users == 0 && cc.idleTimeout < 0 && cc.refusal == nil {
+		cc.refusal = errNotBegun
+		cc.flushers.Go(cc.c.close) // waits for nothing but a TLS alert, for five seconds at the most
+	}
 }
 
 // closeIfIdle closes a connection that was not used for idleTimeout. The timer calls it.
 func (cc *controlClient) closeIfIdle() {
+	if left := cc.idleLeft(); left > 0 {
+		cc.idleTimer.Reset(left)
+	} else if cc.unused() {
+		cc.c.close()
+	}
+}
+
+// idleLeft is how long the connection is to be kept at least.
+func (cc *controlClient) idleLeft() time.Duration {
 	cc.mu.Lock()
-	left := cc.idleTimeout
-	if len(cc.calls) == 0 {
-		left -= time.Since(cc.idleSince)
+	defer cc.mu.Unlock()
+	if cc.users > 0 {
+		return cc.grace()
 	}
-	if cc.useless || left > 0 {
-		if !cc.useless {
-			cc.idleTimer.Reset(left)
-		}
-		cc.mu.Unlock()
-		return
+	return cc.idleTimeout - time.Since(cc.idleSince)
+}
+
+// grace is how long those who wait for the connection have to begin to use it: a moment, if it is not to be kept idle.
+func (cc *controlClient) grace() time.Duration {
+	if cc.idleTimeout < 0 {
+		return time.Second
 	}
-	cc.useless = true
-	cc.mu.Unlock()
-	cc.c.close()
+	return cc.idleTimeout
+}
+
+// unused tells whether nobody uses the connection; then nobody can begin to, either.
+func (cc *controlClient) unused() bool {
+	cc.mu.Lock()
+	defer cc.mu.Unlock()
+	if cc.users == 0 && cc.refusal == nil {
+		cc.refusal = errNotBegun
+	}
+	return cc.users == 0
 }
 
 // proved tells whether the connection was of use.
@@ -364,30 +421,26 @@ func (cc *controlClient) proved() bool {
 	return cc.replies > 0
 }
 
-// unused tells whether no call waits; none begins any more then.
-func (cc *controlClient) unused() bool {
-	cc.mu.Lock()
-	defer cc.mu.Unlock()
-	cc.useless = cc.useless || len(cc.calls) == 0
-	return len(cc.calls) == 0
-}
-
 // usable tells whether calls can begin.
 func (cc *controlClient) usable() bool {
 	cc.mu.Lock()
 	defer cc.mu.Unlock()
-	return !cc.useless
+	return cc.refusal == nil
 }
 
 // call sends a frame made by appendCall, which it keeps, and waits for the reply. bodySize is that of its body.
 func (cc *controlClient) call(ctx context.Context, frame []byte, bodySize int) result {
+	if err := cc.enter(); err != nil {
+		return unstarted(err, cc.connected())
+	}
+	defer cc.leave()
 	if err := cc.mayBegin(ctx, bodySize); err != nil {
-		return result{err: err, notStarted: true}
+		return unstarted(err, cc.connected())
 	}
 	call := &pendingCall{done: make(chan struct{}, 1)}
-	id, ok := cc.begin(call, frame)
-	if !ok {
-		return result{err: errNotBegun, notStarted: true}
+	id, err := cc.begin(call, frame)
+	if err != nil {
+		return unstarted(err, cc.connected())
 	}
 	select {
 	case <-call.done:
@@ -416,11 +469,11 @@ func (cc *controlClient) mayBegin(ctx context.Context, bodySize int) error {
 }
 
 // begin gives a call its id and its place in the queue.
-func (cc *controlClient) begin(call *pendingCall, frame []byte) (id uint64, ok bool) {
+func (cc *controlClient) begin(call *pendingCall, frame []byte) (id uint64, err error) {
 	cc.mu.Lock()
 	defer cc.mu.Unlock()
-	if cc.useless {
-		return 0, false
+	if cc.refusal != nil {
+		return 0, cc.refusal
 	}
 	cc.lastID++
 	id = cc.lastID
@@ -429,7 +482,7 @@ func (cc *controlClient) begin(call *pendingCall, frame []byte) (id uint64, ok b
 	number, mustFlush := cc.q.append(frame)
 	call.number = number
 	cc.flushLocked(mustFlush)
-	return id, true
+	return id, nil
 }
 
 // cancel gives a call up, unless its result is there.

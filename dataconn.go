@@ -273,10 +273,10 @@ type dataClient struct {
 func (d *dataClient) begin(kind frameType, timeout time.Duration, endpoint string, body []byte) (r result, ok bool) {
 	if len(body) > minMessageSize {
 		if err := d.awaitAnswer(); err != nil {
-			return result{err: err, notStarted: true}, false
+			return unstarted(err, false), false
 		}
 		if err := checkBody(len(body), d.c.theirs.maxBody); err != nil {
-			return result{err: err, notStarted: true}, false
+			return unstarted(err, false), false
 		}
 	}
 	start := len(d.preface)
@@ -286,11 +286,15 @@ func (d *dataClient) begin(kind frameType, timeout time.Duration, endpoint strin
 	d.preface = nil
 	d.requests++
 	d.c.startPulse()
-	write := d.c.writeSoon(b)
-	if fresh {
-		d.spawn(func() { write() }) // ends with the connection at the latest; an error is one of that, too
-	} else if err := write(); err != nil {
+	if err := d.c.lockWrites(); err != nil {
+		return unstarted(err, !fresh), false
+	}
+	if fresh { // the server may not read before its answer is read
+		d.spawn(func() { d.c.writeLocked(b) }) // ends with the connection at the latest; an error is one of that, too
+	} else if touched, err := d.c.writeLocked(b); err != nil && touched {
 		return result{err: err}, false
+	} else if err != nil {
+		return unstarted(err, true), false
 	}
 	return result{}, true
 }
@@ -324,8 +328,10 @@ func (d *dataClient) awaitAnswer() error {
 // awaitResult reads the result of the request.
 func (d *dataClient) awaitResult() result {
 	if err := d.awaitAnswer(); err != nil {
-		var refused *HandshakeError
-		return result{err: err, notStarted: errors.As(err, &refused)}
+		if refused := new(HandshakeError); errors.As(err, &refused) {
+			return unstarted(err, false)
+		}
+		return result{err: err}
 	}
 	for {
 		h, err := d.c.next()
@@ -345,7 +351,7 @@ func (d *dataClient) awaitResult() result {
 				return result{err: d.c.lost(err)}
 			}
 			if last < d.requests {
-				return result{err: d.c.fail(errGoaway), notStarted: true}
+				return unstarted(d.c.fail(errGoaway), true)
 			}
 			d.goaway = true
 		default:
@@ -810,7 +816,7 @@ func (s *serverStream) noteEnd(err error) error {
 		s.c.shrink()
 		close(s.ended)
 	}
-	if err != nil && err != io.EOF && s.ctx.Err() != nil {
+	if err == errInterrupted {
 		return s.ctx.Err()
 	}
 	return err

@@ -8,11 +8,13 @@ import (
 	"math"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 	"unicode/utf8"
 )
@@ -43,6 +45,9 @@ const (
 	// lingerTime is how long bytes are read and thrown away before a connection is closed whose peer may still be
 	// sending: closing at once would make TCP drop the last words to it.
 	lingerTime = time.Second
+
+	// tlsRecord is the most that one record of TLS carries (RFC 8446, 5.1).
+	tlsRecord = 16 << 10
 
 	// smallBuffer is the read buffer of a connection: small, because idle connections keep it.
 	smallBuffer = 2 << 10
@@ -179,10 +184,8 @@ func (c *frameConn) violation(reason string) error {
 
 // shutWrite tells the peer that nothing more will come. It keeps the write lock for good.
 func (c *frameConn) shutWrite() {
-	select {
-	case c.writing <- struct{}{}:
+	if c.lockWrites() == nil {
 		closeWrite(c.nc)
-	case <-c.done:
 	}
 }
 
@@ -212,23 +215,42 @@ func discard(nc net.Conn, most int64) {
 
 // write sends whole frames. A write that fails, or of which a part was sent, ends the connection.
 func (c *frameConn) write(frames []byte) error {
-	select {
-	case c.writing <- struct{}{}:
-	case <-c.done:
-		return c.ended()
+	_, err := c.writeTouching(frames)
+	return err
+}
+
+// writeTouching is write; it tells whether some of the frames may have been written.
+func (c *frameConn) writeTouching(frames []byte) (touched bool, err error) {
+	if err := c.lockWrites(); err != nil {
+		return false, err
 	}
 	return c.writeLocked(frames)
 }
 
-// writeSoon begins to send whole frames before it returns, but does not wait for the end: the peer may not read them
-// before we read what it writes. wait is called in another goroutine then.
-func (c *frameConn) writeSoon(frames []byte) (wait func() error) {
+// lockWrites takes the write lock, unless the connection has ended.
+func (c *frameConn) lockWrites() error {
 	select {
 	case c.writing <- struct{}{}:
+		return nil
 	case <-c.done:
-		return c.ended
+		return c.ended()
 	}
-	return func() error { return c.writeLocked(frames) }
+}
+
+// writeLocked writes for who holds the write lock, and releases it.
+func (c *frameConn) writeLocked(frames []byte) (touched bool, err error) {
+	n, err := c.nc.Write(frames)
+	c.lastWrite.Store(int64(time.Since(c.started)))
+	<-c.writing
+	c.stats.written.Add(uint64(max(n, 0)))
+	if err == nil && n != len(frames) {
+		err = io.ErrShortWrite
+	}
+	if err == nil {
+		return true, nil
+	}
+	// A TLS connection that writes several records at once does not know which the peer has; half a record is none.
+	return n != 0 || c.raw != nil && len(frames) > tlsRecord, c.lost(err)
 }
 
 // awaitAnswered returns when the answer of a server is written: before that, nothing is acted on.
@@ -238,21 +260,6 @@ func (c *frameConn) awaitAnswered() error {
 	case <-c.done:
 	}
 	return c.ended()
-}
-
-// writeLocked is write for who holds the write lock; it releases it.
-func (c *frameConn) writeLocked(frames []byte) error {
-	n, err := c.nc.Write(frames)
-	c.lastWrite.Store(int64(time.Since(c.started)))
-	<-c.writing
-	c.stats.written.Add(uint64(max(n, 0)))
-	if err == nil && n != len(frames) {
-		err = io.ErrShortWrite
-	}
-	if err != nil {
-		return c.lost(err)
-	}
-	return nil
 }
 
 // startPulse begins to send heartbeats and to watch for the peer's: something is in progress.
@@ -417,10 +424,10 @@ func (c *frameConn) readSome(p []byte) (int, error) {
 	switch {
 	case err == nil:
 		return 0, nil
-	case errors.Is(err, os.ErrDeadlineExceeded) && c.isInterrupted():
-		return 0, errInterrupted
 	case c.ended() != nil && err != io.EOF:
 		return 0, c.ended()
+	case errors.Is(err, os.ErrDeadlineExceeded) && c.isInterrupted():
+		return 0, errInterrupted
 	}
 	return 0, err
 }
@@ -755,6 +762,59 @@ func whenDone(ctx context.Context, f func()) (release func() (called bool)) {
 	}
 }
 
+// nothingWaits tells whether nothing but heartbeats has come on a connection that nobody reads, without waiting for it.
+func (c *frameConn) nothingWaits() bool {
+	n, err := c.readWaiting()
+	if err != nil && !isTimeout(err) || n == 0 && err == nil {
+		return false // it has ended
+	}
+	c.w += max(n, 0)
+	for c.r < c.w && c.w-c.r >= headerSize && frameType(c.buf[c.r]) == frameHeartbeat {
+		if c.skipHeartbeat() != nil {
+			return false
+		}
+	}
+	return c.r == c.w
+}
+
+// readWaiting reads into the empty buffer what is there already. Where there is a socket it is asked directly; other
+// connections are given a moment.
+func (c *frameConn) readWaiting() (n int, err error) {
+	c.r, c.w = 0, 0
+	nc := c.nc
+	under, tls := nc.(interface{ NetConn() net.Conn })
+	if tls {
+		nc = under.NetConn()
+	}
+	socket, ok := nc.(syscall.Conn)
+	if !ok || runtime.GOOS == "windows" { // whose sockets cannot be read like files
+		c.setReadDeadline(time.Now().Add(time.Millisecond))
+		defer c.setReadDeadline(time.Time{})
+		return c.readSome(c.buf)
+	}
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	rawErr := raw.Read(func(fd uintptr) bool {
+		n, err = readDescriptor(syscall.Read, fd, c.buf)
+		return true
+	})
+	if rawErr != nil {
+		err = rawErr
+	}
+	if tls && n > 0 {
+		return 0, nil // ciphertext: whatever it is, it is lost
+	}
+	c.stats.read.Add(uint64(max(n, 0)))
+	return n, err
+}
+
+// readDescriptor calls syscall.Read, whose descriptor is of another type on Windows.
+func readDescriptor[FD ~int | ~uintptr](read func(FD, []byte) (int, error), fd uintptr, p []byte) (int, error) {
+	return read(FD(fd), p)
+}
+
 // skipHeartbeat reads a heartbeat of which the first byte is in the buffer.
 func (c *frameConn) skipHeartbeat() error {
 	if err := c.fill(headerSize); err != nil {
@@ -773,6 +833,19 @@ type result struct {
 	failed     *Error
 	err        error
 	notStarted bool // err, and the server has not started the request and never will
+	again      bool // the request can be tried again
+}
+
+// unstarted is the result of a request that the server has not started. It can be tried again unless err is one of
+// connecting: those are the request's own.
+func unstarted(err error, connected bool) result {
+	var refused *HandshakeError
+	var protocol *ProtocolError
+	again := connected && CodeOf(err) == Unavailable && !errors.As(err, &protocol)
+	if errors.As(err, &refused) {
+		again = refused.Code == Unavailable
+	}
+	return result{err: err, notStarted: true, again: again}
 }
 
 // checkBody holds the limit of the receiver on the sender's side.

@@ -321,6 +321,14 @@ func (m *FilesystemVersion) texts() int {
 	return len(m.Name)
 }
 
+// rest is about what the message takes beside its strings.
+func (m *FilesystemVersion) rest() int {
+	if m == nil {
+		return 0
+	}
+	return restOfVersion
+}
+
 func textsOf(versions []FilesystemVersion) int {
 	n := 0
 	for i := range versions {
@@ -360,7 +368,7 @@ func (m *FilesystemVersion) merge(d *decoder) {
 // AppendBinary appends the encoded message to b.
 func (m *SendReq) AppendBinary(b []byte) ([]byte, error) {
 	var e encoder
-	return e.result(b, m.append(reserve(b, m.texts(), restOfRequest), &e))
+	return e.result(b, m.append(reserve(b, m.texts(), m.rest()), &e))
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
@@ -378,6 +386,13 @@ func (m *SendReq) texts() int {
 		return 0
 	}
 	return len(m.Filesystem) + m.From.texts() + m.To.texts() + len(m.ResumeToken)
+}
+
+func (m *SendReq) rest() int {
+	if m == nil {
+		return 0
+	}
+	return restOfRequest + m.From.rest() + m.To.rest()
 }
 
 func (m *SendReq) append(b []byte, e *encoder) []byte {
@@ -538,7 +553,7 @@ func (m *SendRes) merge(d *decoder) {
 // AppendBinary appends the encoded message to b.
 func (m *SendCompletedReq) AppendBinary(b []byte) ([]byte, error) {
 	var e encoder
-	return e.result(b, m.append(reserve(b, m.OriginalReq.texts(), restOfRequest), &e))
+	return e.result(b, m.append(reserve(b, m.OriginalReq.texts(), m.OriginalReq.rest()), &e))
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
@@ -581,7 +596,7 @@ func (m *SendCompletedRes) UnmarshalBinary(data []byte) error {
 // AppendBinary appends the encoded message to b.
 func (m *ReceiveReq) AppendBinary(b []byte) ([]byte, error) {
 	var e encoder
-	return e.result(b, m.append(reserve(b, len(m.Filesystem)+m.To.texts(), restOfRequest), &e))
+	return e.result(b, m.append(reserve(b, len(m.Filesystem)+m.To.texts(), restOfRequest+m.To.rest()), &e))
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
@@ -689,7 +704,7 @@ func (m *DestroySnapshotsReq) merge(d *decoder) {
 // AppendBinary appends the encoded message to b.
 func (m *DestroySnapshotsRes) AppendBinary(b []byte) ([]byte, error) {
 	var e encoder
-	return e.result(b, m.append(reserve(b, m.texts(), (restOfVersion+restOfFilesystem)*len(m.Results)), &e))
+	return e.result(b, m.append(reserve(b, m.texts(), (restOfVersion+restOfText)*len(m.Results)), &e))
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
@@ -738,7 +753,7 @@ func (m *DestroySnapshotsRes) merge(d *decoder) {
 // AppendBinary appends the encoded message to b.
 func (m *DestroySnapshotRes) AppendBinary(b []byte) ([]byte, error) {
 	var e encoder
-	return e.result(b, m.append(reserve(b, m.texts(), restOfRequest), &e))
+	return e.result(b, m.append(reserve(b, m.texts(), m.rest()), &e))
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
@@ -750,6 +765,8 @@ func (m *DestroySnapshotRes) UnmarshalBinary(data []byte) error {
 	}
 	return d.result()
 }
+
+func (m *DestroySnapshotRes) rest() int { return restOfText + m.Snapshot.rest() }
 
 func (m *DestroySnapshotRes) texts() int { return m.Snapshot.texts() + len(m.Error) }
 
@@ -1012,9 +1029,9 @@ func closeLongField(b []byte, body int) []byte {
 // What messages take beside their texts (tags, lengths, numbers, a time): not the most, but seldom more, for reserve.
 const (
 	restOfText       = 4
-	restOfFilesystem = 16
+	restOfFilesystem = 10
 	restOfVersion    = 48
-	restOfRequest    = 192 // with two versions in it
+	restOfRequest    = 24 // beside the versions in it
 )
 
 // reserve makes room in b for a message whose strings have the length texts, and the rest of which is hardly longer

@@ -661,7 +661,7 @@ func (conn *serverConn) answer(ours promises) {
 	line := appendAnswer(nil, version, ours)
 	var err error
 	if conn.fc != nil {
-		err = conn.fc.writeLocked(line)
+		_, err = conn.fc.writeLocked(line)
 	} else {
 		_, err = conn.nc.Write(line)
 	}
