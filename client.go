@@ -15,7 +15,6 @@ import (
 
 const (
 	defaultCallTimeout      = 5 * time.Minute
-	defaultHandshakeTimeout = 10 * time.Second
 	defaultIdleTimeout      = time.Minute
 	defaultMaxIdleDataConns = 4
 
@@ -311,7 +310,9 @@ func (c *Client) Upload(ctx context.Context, endpoint string, req Message, r io.
 }
 
 func (c *Client) upload(ctx context.Context, endpoint string, req Message, r io.Reader, res Message) error {
-	closer := &sourceCloser{source: r}
+	closer := &sourceCloser{source: r, panicked: func(p any) {
+		c.config.Logger.ErrorContext(ctx, "closing a source panicked", "panic", p)
+	}}
 	defer closer.close()
 	op := opError{op: "upload", target: endpoint, label: labelData}
 	if r == nil {

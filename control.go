@@ -617,13 +617,6 @@ func (s *controlServer) readCall(ctx context.Context, size int) error {
 	return s.start(ctx, id, q)
 }
 
-func callContext(ctx context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
-	if timeout == 0 {
-		return context.WithCancel(ctx)
-	}
-	return context.WithTimeout(ctx, timeout)
-}
-
 // begin notes that a call is to get a reply; after goaway none does.
 func (s *controlServer) begin(id uint64, cancel context.CancelFunc) bool {
 	s.mu.Lock()

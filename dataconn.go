@@ -62,28 +62,28 @@ func (c *frameConn) sendStream(src io.Reader) (total uint64, readErr, writeErr e
 	}
 }
 
-// sourceCloser closes a source once, whoever is first, and contains its panic.
+// sourceCloser closes a source once, whoever is first. A panic of its Close is reported, and goes no further: it may be
+// in a goroutine of ours.
 type sourceCloser struct {
-	source io.Reader
-	once   sync.Once
-	err    error
+	source   io.Reader
+	panicked func(p any)
+	once     sync.Once
 }
 
 // close returns when the source is closed.
-func (s *sourceCloser) close() error {
-	s.once.Do(func() {
-		closer, ok := s.source.(io.Closer)
-		if !ok {
-			return
+func (s *sourceCloser) close() { s.once.Do(s.closeSource) }
+
+func (s *sourceCloser) closeSource() {
+	closer, ok := s.source.(io.Closer)
+	if !ok {
+		return
+	}
+	defer func() {
+		if p := recover(); p != nil {
+			s.panicked(p)
 		}
-		defer func() {
-			if recover() != nil {
-				s.err = &Error{Code: Internal, Message: "closing the source panicked"}
-			}
-		}()
-		s.err = closer.Close()
-	})
-	return s.err
+	}()
+	closer.Close()
 }
 
 // streamReader reads the stream that the frames of a connection carry.
@@ -512,6 +512,8 @@ type dataServer struct {
 	c *frameConn
 	// accept finds who handles an endpoint and takes a place for the handler, or says why not.
 	accept func(kind frameType, endpoint string) (streamFunc, error)
+	// panicked is told of a panic of a source's Close.
+	panicked func(p any)
 
 	mu       sync.Mutex
 	busy     bool // a request is in progress
@@ -754,7 +756,7 @@ func (s *serverStream) send(ctx context.Context, result []byte, stream io.ReadCl
 	if stream == nil {
 		return s.sendResult(result)
 	}
-	closer := sourceCloser{source: stream}
+	closer := s.closer(stream)
 	defer closer.close()
 	if err := s.sendResult(result); err != nil {
 		return err
@@ -775,6 +777,10 @@ func (s *serverStream) send(ctx context.Context, result []byte, stream io.ReadCl
 		return ctx.Err()
 	}
 	return readErr
+}
+
+func (s *serverStream) closer(stream io.Reader) *sourceCloser {
+	return &sourceCloser{source: stream, panicked: s.d.panicked}
 }
 
 func (s *serverStream) sendResult(body []byte) error {

@@ -745,6 +745,14 @@ func timeoutOf(ctx context.Context) time.Duration {
 	return max(time.Until(deadline), 1)
 }
 
+// callContext is the context of a request's handler; 0 is no timeout.
+func callContext(ctx context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
+	if timeout == 0 {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, timeout)
+}
+
 // whenDone calls f in a goroutine of its own when ctx ends. release undoes that; when f has been called it waits
 // for it to return, and tells so.
 func whenDone(ctx context.Context, f func()) (release func() (called bool)) {

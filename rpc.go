@@ -82,6 +82,7 @@ import (
 	"io"
 	"math"
 	"net"
+	"reflect"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -94,6 +95,8 @@ const (
 	defaultHeartbeat = 5 * time.Second
 	minHeartbeat     = 10 * time.Millisecond // less would be spent on heartbeats
 	maxHeartbeat     = 5 * time.Minute       // more would leave dead peers unnoticed for a quarter of an hour
+
+	defaultHandshakeTimeout = 10 * time.Second
 
 	defaultMessageSize = 64 << 20
 	minMessageSize     = 65536                                             // what may be sent before the other side's limit is known
@@ -439,7 +442,7 @@ func (c *counters) snapshot() Stats {
 
 // appendMessage appends an encoded message; nil is empty.
 func appendMessage(b []byte, m Message) ([]byte, error) {
-	if m == nil {
+	if isNil(m) {
 		return b, nil
 	}
 	out, err := m.AppendBinary(b)
@@ -456,6 +459,12 @@ func appendMessage(b []byte, m Message) ([]byte, error) {
 type promises struct {
 	heartbeat time.Duration // the longest silence that it will keep while something is in progress
 	maxBody   int           // the largest message body that it accepts, in bytes
+}
+
+// isNil tells whether a message is a nil interface or a nil pointer.
+func isNil(m Message) bool {
+	v := reflect.ValueOf(m)
+	return !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil()
 }
 
 // checkLimits says what is wrong with the configuration that Client and Server have in common.

@@ -4,9 +4,10 @@ import (
 	"context"
 	"errors"
 	"io"
+	"maps"
 	"net"
-	"reflect"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -260,7 +261,7 @@ func HandleDownload[T any, Req interface {
 			result, err = appendResult(nil, res)
 		}
 		if err != nil {
-			closeStream(stream)
+			x.closer(stream).close()
 			return err
 		}
 		return x.send(ctx, result, stream)
@@ -335,17 +336,10 @@ func decode[T any, Req interface {
 
 // appendResult appends a handler's result.
 func appendResult[Res Message](b []byte, res Res) ([]byte, error) {
-	if v := reflect.ValueOf(res); !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil() {
+	if isNil(res) {
 		return nil, &Error{Code: Internal, Message: "the handler returned neither a result nor an error"}
 	}
 	return appendMessage(b, res)
-}
-
-// closeStream closes a stream that is not sent.
-func closeStream(stream io.ReadCloser) {
-	if stream != nil {
-		(&sourceCloser{source: stream}).close()
-	}
 }
 
 // Stats returns the server's counters.
@@ -753,7 +747,7 @@ func (s *Server) serveConn(conn *serverConn) {
 		s.setDrain(conn, cs.drain)
 		err = cs.serve(ctx)
 	case labelData:
-		ds := &dataServer{c: conn.fc, accept: conn.acceptStream}
+		ds := &dataServer{c: conn.fc, accept: conn.acceptStream, panicked: func(p any) { s.logPanic(ctx, "closing a source", p) }}
 		s.setDrain(conn, ds.drain)
 		err = ds.serve(ctx)
 	default:
@@ -965,10 +959,7 @@ func (s *Server) closeListeners() {
 func (s *Server) Close() error {
 	s.mu.Lock()
 	s.state = stateClosed
-	handshakes, conns := s.handshakes, make([]*serverConn, 0, len(s.conns))
-	for conn := range s.conns {
-		conns = append(conns, conn)
-	}
+	handshakes, conns := slices.Clone(s.handshakes), slices.Collect(maps.Keys(s.conns))
 	s.mu.Unlock()
 	s.closeListeners()
 	s.cancel()
