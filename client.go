@@ -149,11 +149,6 @@ func (c *Client) ResetConnectBackoff() {
 // was not started, because the server was stopping, is retried once, no other is.
 func (c *Client) Call(ctx context.Context, method string, req, res Message) error {
 	c.stats.calls.Add(1)
-	if _, ok := ctx.Deadline(); !ok && c.config.CallTimeout > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, c.config.CallTimeout)
-		defer cancel()
-	}
 	err := c.call(ctx, method, req, res)
 	if err != nil {
 		c.stats.callsFailed.Add(1)
@@ -162,34 +157,45 @@ func (c *Client) Call(ctx context.Context, method string, req, res Message) erro
 }
 
 func (c *Client) call(ctx context.Context, method string, req, res Message) error {
-	op := opError{op: "call", target: method, label: labelControl}
 	if err := c.check(ctx, method); err != nil {
-		return op.with(err, fateNotRun)
+		return callError(method, nil).with(err, fateNotRun)
 	}
+	began := time.Now()
 	for retried := false; ; {
-		cc, err := c.controlConn(ctx)
+		limit := c.callLimit(ctx, began)
+		cc, err := c.controlConn(ctx, limit)
 		if err != nil {
-			return op.with(err, fateNotRun)
+			return callError(method, nil).with(err, fateNotRun)
 		}
-		op.peer = cc.c.peer()
-		frame := appendCall(nil, timeoutOf(ctx), method, nil)
-		fields := len(frame)
-		if frame, err = appendMessage(frame, req); err != nil {
-			return op.with(err, fateNotRun)
-		}
-		r := cc.call(ctx, finishFrame(frame, 0), len(frame)-fields)
+		r := cc.tryCall(ctx, limit, method, req)
 		switch {
 		case r.err == errNotBegun && ctx.Err() == nil:
 			continue
 		case r.again && !retried && ctx.Err() == nil:
 			retried = true
 			continue
-		}
-		if r.err != nil && c.ctx.Err() != nil {
+		case r.err != nil && c.ctx.Err() != nil:
 			r.err = ErrClosed
 		}
-		return op.outcome(ctx, r, res)
+		return callError(method, cc).outcome(ctx, r, res)
 	}
+}
+
+// callLimit is the time that is left to a call whose ctx has no deadline, or 0.
+func (c *Client) callLimit(ctx context.Context, began time.Time) time.Duration {
+	if _, ok := ctx.Deadline(); ok || c.config.CallTimeout < 0 {
+		return 0
+	}
+	return max(c.config.CallTimeout-time.Since(began), 1)
+}
+
+// callError says what was being done.
+func callError(method string, cc *controlClient) opError {
+	e := opError{op: "call", target: method, label: labelControl}
+	if cc != nil {
+		e.peer = cc.c.peer
+	}
+	return e
 }
 
 // check returns why a request cannot even be tried.
@@ -223,10 +229,13 @@ func (e opError) outcome(ctx context.Context, r result, res Message) error {
 			r.err = ctx.Err()
 		}
 		return e.with(r.err, fate)
-	case res == nil:
-		return nil
 	}
-	if err := res.UnmarshalBinary(r.body); err != nil {
+	var err error
+	if res != nil {
+		err = res.UnmarshalBinary(r.body)
+	}
+	recycleBody(r.body)
+	if err != nil {
 		return e.with(&detailError{"cannot decode the result", err}, "")
 	}
 	return nil
@@ -252,12 +261,13 @@ func (c *Client) download(ctx context.Context, endpoint string, req, res Message
 	if err != nil {
 		return nil, op.with(err, fateNotRun)
 	}
-	for retried := false; ; retried = true {
-		d, err := c.dataConn(ctx)
+	connect := c.dataConn
+	for retried := false; ; retried, connect = true, c.dialData {
+		d, err := connect(ctx)
 		if err != nil {
 			return nil, op.with(err, fateNotRun)
 		}
-		op.peer = d.c.peer()
+		op.peer = d.c.peer
 		release := whenDone(ctx, func() { d.c.fail(ctx.Err()) })
 		r := d.roundTrip(frameDownload, ctx, endpoint, body)
 		if r.again && !retried && ctx.Err() == nil {
@@ -322,12 +332,13 @@ func (c *Client) upload(ctx context.Context, endpoint string, req Message, r io.
 	if err != nil {
 		return op.with(err, fateNotRun)
 	}
-	for retried := false; ; retried = true {
-		d, err := c.dataConn(ctx)
+	connect := c.dataConn
+	for retried := false; ; retried, connect = true, c.dialData {
+		d, err := connect(ctx)
 		if err != nil {
 			return op.with(err, fateNotRun)
 		}
-		op.peer = d.c.peer()
+		op.peer = d.c.peer
 		result, sourceErr, begun := c.uploadOver(ctx, d, endpoint, body, r, closer)
 		if !begun && result.again && !retried && ctx.Err() == nil {
 			continue
@@ -488,7 +499,7 @@ func (c *Client) connect(ctx context.Context, label string) (fc *frameConn, read
 func (c *Client) noteOpen(fc *frameConn, label string) {
 	c.stats.conns.Add(1)
 	c.stats.openConns.Add(1)
-	c.config.Logger.DebugContext(c.ctx, "connected", "peer", fc.peer(), "label", label)
+	c.config.Logger.DebugContext(c.ctx, "connected", "peer", fc.peer, "label", label)
 }
 
 // forget notes that a connection has ended.
@@ -503,8 +514,23 @@ func (c *Client) forget(fc *frameConn) {
 }
 
 // controlConn returns the control connection, and makes it if there is none. One dials for all; during back-off all
-// wait.
-func (c *Client) controlConn(ctx context.Context) (*controlClient, error) {
+// wait. limit is the time for a ctx without a deadline, or 0.
+func (c *Client) controlConn(ctx context.Context, limit time.Duration) (*controlClient, error) {
+	c.mu.Lock()
+	cc := c.control
+	c.mu.Unlock()
+	if cc != nil && cc.usable() {
+		return cc, nil
+	}
+	if limit > 0 {
+		within, cancel := context.WithTimeout(ctx, limit)
+		defer cancel()
+		ctx = within
+	}
+	return c.awaitControl(ctx)
+}
+
+func (c *Client) awaitControl(ctx context.Context) (*controlClient, error) {
 	for {
 		c.mu.Lock()
 		if c.closed {
@@ -589,7 +615,7 @@ func (c *Client) controlEnded(cc *controlClient, cause error) {
 	}
 	c.failures, c.retryAt = 0, time.Time{}
 	if cause != errPolite && !c.closed {
-		c.config.Logger.WarnContext(c.ctx, "control connection lost", "peer", cc.c.peer(), "error", cause)
+		c.config.Logger.WarnContext(c.ctx, "control connection lost", "peer", cc.c.peer, "error", cause)
 	}
 }
 

@@ -39,11 +39,11 @@ type frameQueue struct {
 	touched   uint64 // frames of which a byte may have been written
 }
 
-// batchBuffers holds *[]byte of batchSize.
-var batchBuffers = sync.Pool{New: func() any { b := make([]byte, 0, batchSize); return &b }}
+var batchBuffers = sync.Pool{New: func() any { return new([batchSize]byte) }}
 
-// waitRoom returns when little is waiting to be written, or when the connection ends or giveUp is closed.
-func (q *frameQueue) waitRoom(giveUp <-chan struct{}) {
+// waitRoom returns when little is waiting to be written, when the connection has ended, when giveUp is closed, and when
+// late is sent to.
+func (q *frameQueue) waitRoom(giveUp <-chan struct{}, late <-chan time.Time) {
 	for {
 		q.mu.Lock()
 		if q.size <= maxPending {
@@ -61,11 +61,13 @@ func (q *frameQueue) waitRoom(giveUp <-chan struct{}) {
 			return
 		case <-giveUp:
 			return
+		case <-late:
+			return
 		}
 	}
 }
 
-// append adds a frame, whose bytes it keeps if it is large. It returns the frame's number; mustFlush says that the
+// append adds a frame, whose bytes it keeps if they are more than batchSize. It returns the frame's number; mustFlush says that the
 // caller has to see to it that flush is called.
 func (q *frameQueue) append(frame []byte) (number uint64, mustFlush bool) {
 	q.mu.Lock()
@@ -79,8 +81,8 @@ func (q *frameQueue) append(frame []byte) (number uint64, mustFlush bool) {
 	case last >= 0 && cap(q.pending[last]) == batchSize && len(q.pending[last])+len(frame) <= batchSize:
 		q.pending[last] = append(q.pending[last], frame...)
 	default:
-		gather := *batchBuffers.Get().(*[]byte)
-		q.pending = append(q.pending, append(gather, frame...))
+		gather := batchBuffers.Get().(*[batchSize]byte)
+		q.pending = append(q.pending, append(gather[:0], frame...))
 	}
 	return q.appended, q.startWriting()
 }
@@ -110,8 +112,7 @@ func (q *frameQueue) flush() {
 				return
 			}
 			if batch[i] = nil; cap(frames) == batchSize {
-				frames = frames[:0]
-				batchBuffers.Put(&frames)
+				batchBuffers.Put((*[batchSize]byte)(frames[:batchSize]))
 			}
 		}
 		switch {
@@ -161,11 +162,10 @@ func (q *frameQueue) untouched(number uint64) bool {
 	return number > q.touched
 }
 
-// appendCall appends a call frame whose id is still to come.
-func appendCall(b []byte, timeout time.Duration, method string, body []byte) []byte {
-	start := len(b)
+// appendCall appends a call frame whose id and body are still to come.
+func appendCall(b []byte, timeout time.Duration, method string) []byte {
 	b = binary.BigEndian.AppendUint64(appendHeader(b, frameCall, 0), 0)
-	return finishFrame(appendRequest(b, timeout, method, body), start)
+	return appendRequest(b, timeout, method, nil)
 }
 
 func putCallID(frame []byte, id uint64) { binary.BigEndian.PutUint64(frame[headerSize:], id) }
@@ -180,6 +180,7 @@ type controlClient struct {
 
 	mu        sync.Mutex
 	calls     map[uint64]*pendingCall // awaited
+	spare     []*pendingCall
 	lastID    uint64
 	refusal   error // why no call begins any more, nil while they do: errGoaway, errNotBegun, or cause
 	cause     error // of the connection's end: nothing is written any more
@@ -189,11 +190,36 @@ type controlClient struct {
 	idleTimer *time.Timer
 }
 
-// pendingCall is a call that waits for its reply.
+// pendingCall is a call that waits for its reply. It is used again when that has been fetched.
 type pendingCall struct {
 	number uint64        // of its frame in the queue
 	done   chan struct{} // gets one element when result is set
 	result result
+	timer  *time.Timer // of calls whose ctx has no deadline; made on first use
+}
+
+// limit returns what is sent to when the time is over; 0 is no limit.
+func (p *pendingCall) limit(d time.Duration) <-chan time.Time {
+	switch {
+	case d == 0:
+		return nil
+	case p.timer == nil:
+		p.timer = time.NewTimer(d)
+	default:
+		p.timer.Reset(d)
+	}
+	return p.timer.C
+}
+
+// frameBuffers holds *[]byte for frames that are copied when they are sent.
+var frameBuffers = sync.Pool{New: func() any { b := make([]byte, 0, 512); return &b }}
+
+// putFrameBuffer takes back what a frame was made in, unless the queue has kept it.
+func putFrameBuffer(buf *[]byte, frame []byte) {
+	if cap(frame) <= batchSize {
+		*buf = frame[:0]
+		frameBuffers.Put(buf)
+	}
 }
 
 // errNotBegun is why a call was not even tried on a connection: that was about to be closed.
@@ -236,8 +262,14 @@ func (cc *controlClient) run(readAnswer func() error, ended func(cause error)) {
 // be taken back. The goroutine ends when nothing is pending or the connection has ended; run waits for it.
 func (cc *controlClient) flushLocked(mustFlush bool) {
 	if mustFlush && cc.cause == nil {
-		cc.flushers.Go(cc.q.flush)
+		cc.flushers.Add(1)
+		go cc.flush()
 	}
+}
+
+func (cc *controlClient) flush() {
+	cc.q.flush()
+	cc.flushers.Done()
 }
 
 func (cc *controlClient) readFrames() error {
@@ -357,18 +389,29 @@ func (cc *controlClient) forgetLocked(id uint64) *pendingCall {
 }
 
 // enter notes that the connection is in use, unless no call begins any more.
-func (cc *controlClient) enter() error {
+func (cc *controlClient) enter() (*pendingCall, error) {
 	cc.mu.Lock()
 	defer cc.mu.Unlock()
-	if cc.refusal == nil {
-		cc.users++
+	if cc.refusal != nil {
+		return nil, cc.refusal
 	}
-	return cc.refusal
+	cc.users++
+	if last := len(cc.spare) - 1; last >= 0 {
+		call := cc.spare[last]
+		cc.spare = cc.spare[:last]
+		return call, nil
+	}
+	return &pendingCall{done: make(chan struct{}, 1)}, nil
 }
 
-func (cc *controlClient) leave() {
+func (cc *controlClient) leave(call *pendingCall) {
+	if call.timer != nil {
+		call.timer.Stop()
+	}
+	call.result = result{}
 	cc.mu.Lock()
 	defer cc.mu.Unlock()
+	cc.spare = append(cc.spare, call)
 	cc.users--
 	cc.idleSince = time.Now()
 	if cc.users == 0 && cc.idleTimeout < 0 && cc.refusal == nil {
@@ -428,16 +471,36 @@ func (cc *controlClient) usable() bool {
 	return cc.refusal == nil
 }
 
-// call sends a frame made by appendCall, which it keeps, and waits for the reply. bodySize is that of its body.
-func (cc *controlClient) call(ctx context.Context, frame []byte, bodySize int) result {
-	if err := cc.enter(); err != nil {
+// tryCall makes a call over this connection.
+func (cc *controlClient) tryCall(ctx context.Context, limit time.Duration, method string, req Message) result {
+	timeout := limit
+	if timeout == 0 {
+		timeout = timeoutOf(ctx)
+	}
+	buf := frameBuffers.Get().(*[]byte)
+	frame := appendCall((*buf)[:0], timeout, method)
+	fields := len(frame)
+	frame, err := appendMessage(frame, req)
+	if err != nil {
+		return unstarted(err, false)
+	}
+	r := cc.call(ctx, limit, finishFrame(frame, 0), len(frame)-fields)
+	putFrameBuffer(buf, frame)
+	return r
+}
+
+// call sends a frame made by appendCall, which it keeps if it is large, and waits for the reply. bodySize is that of its
+// body, limit the time for a ctx without a deadline, or 0.
+func (cc *controlClient) call(ctx context.Context, limit time.Duration, frame []byte, bodySize int) result {
+	call, err := cc.enter()
+	if err != nil {
 		return unstarted(err, cc.connected())
 	}
-	defer cc.leave()
-	if err := cc.mayBegin(ctx, bodySize); err != nil {
+	defer cc.leave(call)
+	late := call.limit(limit)
+	if err := cc.mayBegin(ctx, late, bodySize); err != nil {
 		return unstarted(err, cc.connected())
 	}
-	call := &pendingCall{done: make(chan struct{}, 1)}
 	id, err := cc.begin(call, frame)
 	if err != nil {
 		return unstarted(err, cc.connected())
@@ -446,12 +509,14 @@ func (cc *controlClient) call(ctx context.Context, frame []byte, bodySize int) r
 	case <-call.done:
 		return call.result
 	case <-ctx.Done():
-		return cc.cancel(ctx, id, call)
+		return cc.cancel(ctx.Err(), id, call)
+	case <-late:
+		return cc.cancel(context.DeadlineExceeded, id, call)
 	}
 }
 
 // mayBegin waits until a body of this size may be sent, and until there is room for it.
-func (cc *controlClient) mayBegin(ctx context.Context, bodySize int) error {
+func (cc *controlClient) mayBegin(ctx context.Context, late <-chan time.Time, bodySize int) error {
 	if bodySize > minMessageSize {
 		select {
 		case <-cc.answered:
@@ -459,12 +524,14 @@ func (cc *controlClient) mayBegin(ctx context.Context, bodySize int) error {
 			return cc.c.ended()
 		case <-ctx.Done():
 			return ctx.Err()
+		case <-late:
+			return context.DeadlineExceeded
 		}
 		if err := checkBody(bodySize, cc.c.theirs.maxBody); err != nil {
 			return err
 		}
 	}
-	cc.q.waitRoom(ctx.Done())
+	cc.q.waitRoom(ctx.Done(), late)
 	return ctx.Err()
 }
 
@@ -486,7 +553,7 @@ func (cc *controlClient) begin(call *pendingCall, frame []byte) (id uint64, err 
 }
 
 // cancel gives a call up, unless its result is there.
-func (cc *controlClient) cancel(ctx context.Context, id uint64, call *pendingCall) result {
+func (cc *controlClient) cancel(why error, id uint64, call *pendingCall) result {
 	cc.mu.Lock()
 	if cc.forgetLocked(id) == nil {
 		cc.mu.Unlock()
@@ -496,32 +563,52 @@ func (cc *controlClient) cancel(ctx context.Context, id uint64, call *pendingCal
 	_, mustFlush := cc.q.append(appendUint64Frame(nil, frameCancel, id))
 	cc.flushLocked(mustFlush)
 	cc.mu.Unlock()
-	return result{err: ctx.Err()}
+	return result{err: why}
 }
 
-// callFunc handles a call whose handler has got its place: it decodes body, runs the handler, appends the result to
-// out, and gives the place back.
-type callFunc func(ctx context.Context, body, out []byte) ([]byte, error)
+// callHandler decodes the body of a call, runs the handler and appends the encoded result to out.
+type callHandler func(ctx context.Context, body, out []byte) ([]byte, error)
+
+// callMethod is a method that is served.
+type callMethod struct {
+	name   string
+	handle callHandler
+}
+
+// callDispatcher is what the calls of a connection are given to.
+type callDispatcher interface {
+	// acceptCall finds a method and takes a place for its handler, or says why not.
+	acceptCall(name []byte) (*callMethod, error)
+	// runCall runs the handler, and gives the place back.
+	runCall(ctx context.Context, m *callMethod, body, out []byte) ([]byte, error)
+}
 
 // controlServer is the server's end of a control connection.
 type controlServer struct {
-	c *frameConn
-	q frameQueue
-	// accept finds who handles a method and takes a place for the handler, or says why not.
-	accept   func(method string) (callFunc, error)
+	c        *frameConn
+	q        frameQueue
+	dispatch callDispatcher
 	handlers sync.WaitGroup
 	places   chan struct{} // bounds handlers that run or whose replies are not written
 
 	mu       sync.Mutex
-	running  map[uint64]context.CancelFunc // calls without a reply
+	running  map[uint64]*serverCall // calls without a reply
 	lastID   uint64
 	draining bool
 }
 
-func newControlServer(c *frameConn, maxHandlers int, accept func(string) (callFunc, error)) *controlServer {
+// serverCall is a call that a server has begun. It is the context of its handler.
+type serverCall struct {
+	requestContext
+	id     uint64
+	method *callMethod
+	body   []byte
+}
+
+func newControlServer(c *frameConn, maxHandlers int, dispatch callDispatcher) *controlServer {
 	s := &controlServer{
-		c: c, accept: accept, places: make(chan struct{}, maxHandlers+maxReplying),
-		running: make(map[uint64]context.CancelFunc),
+		c: c, dispatch: dispatch, places: make(chan struct{}, maxHandlers+maxReplying),
+		running: make(map[uint64]*serverCall),
 	}
 	s.q.c = c
 	return s
@@ -580,13 +667,13 @@ func (s *controlServer) readCancel() error {
 		return err
 	}
 	s.mu.Lock()
-	seen, cancel := id >= 1 && id <= s.lastID, s.running[id]
+	seen, call := id >= 1 && id <= s.lastID, s.running[id]
 	s.mu.Unlock()
 	if !seen {
 		return s.c.violation("cancel of call " + strconv.FormatUint(id, 10) + ", which was never made")
 	}
-	if cancel != nil {
-		cancel()
+	if call != nil {
+		call.end(context.Canceled)
 	}
 	return nil
 }
@@ -609,80 +696,80 @@ func (s *controlServer) readCall(ctx context.Context, size int) error {
 	if err := s.c.awaitAnswered(); err != nil {
 		return err
 	}
-	ctx, cancel := callContext(ctx, q.timeout)
-	if !s.begin(id, cancel) {
-		cancel()
+	call := &serverCall{id: id, body: q.body}
+	call.parent = ctx
+	if q.timeout != 0 {
+		call.deadline = time.Now().Add(q.timeout)
+	}
+	if !s.begin(call) {
 		return nil
 	}
-	return s.start(ctx, id, q)
+	return s.start(call, q.name)
 }
 
 // begin notes that a call is to get a reply; after goaway none does.
-func (s *controlServer) begin(id uint64, cancel context.CancelFunc) bool {
+func (s *controlServer) begin(call *serverCall) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.lastID = id
+	s.lastID = call.id
 	if !s.draining {
-		s.running[id] = cancel
+		s.running[call.id] = call
 	}
 	return !s.draining
 }
 
 // start runs the handler of a call in a goroutine of its own, which ends with the handler and the writing of its
 // reply; serve waits for it.
-func (s *controlServer) start(ctx context.Context, id uint64, q request) error {
+func (s *controlServer) start(call *serverCall, name []byte) (err error) {
 	select {
 	case s.places <- struct{}{}:
 	case <-s.c.done:
 		return s.c.ended()
 	}
-	f, err := s.accept(q.name)
-	if err != nil {
+	if call.method, err = s.dispatch.acceptCall(name); err != nil {
 		<-s.places
-		s.q.waitRoom(nil)
-		s.reply(id, appendReply(nil, id, nil, err))
+		s.q.waitRoom(nil, nil)
+		s.reply(call, appendReply(nil, call.id, err))
 		return nil
 	}
-	s.handlers.Go(func() {
-		s.run(ctx, id, q, f)
-		<-s.places
-	})
+	s.handlers.Add(1)
+	go s.run(call)
 	return nil
 }
 
-func (s *controlServer) run(ctx context.Context, id uint64, q request, f callFunc) {
-	b := appendReply(nil, id, nil, nil)
-	start := len(b)
-	out, err := f(ctx, q.body, b)
+func (s *controlServer) run(call *serverCall) {
+	defer s.handlers.Done()
+	buf := frameBuffers.Get().(*[]byte)
+	out := appendReply((*buf)[:0], call.id, nil)
+	start := len(out)
+	out, err := s.dispatch.runCall(call, call.method, call.body, out)
+	recycleBody(call.body)
 	if err == nil {
 		err = checkBody(len(out)-start, s.c.theirs.maxBody)
 	}
 	if err != nil {
-		out = appendReply(nil, id, nil, err)
+		out = appendReply((*buf)[:0], call.id, err)
 	}
-	s.q.waitRoom(nil)
-	s.reply(id, finishFrame(out, 0))
+	s.q.waitRoom(nil, nil)
+	s.reply(call, finishFrame(out, 0))
+	putFrameBuffer(buf, out)
+	<-s.places
 }
 
-// appendReply appends a reply.
-func appendReply(b []byte, id uint64, body []byte, err error) []byte {
-	start := len(b)
+// appendReply appends a reply: an error, or one of success, to which the body is still to be appended.
+func appendReply(b []byte, id uint64, err error) []byte {
 	b = binary.BigEndian.AppendUint64(appendHeader(b, frameReply, 0), id)
-	if err != nil {
-		b = appendError(b, err)
-	} else {
-		b = append(append(b, byte(OK)), body...)
+	if err == nil {
+		return append(b, byte(OK))
 	}
-	return finishFrame(b, start)
+	return finishFrame(appendError(b, err), 0)
 }
 
 // reply sends the one reply of a call, and after the last one that is due closes the sending direction.
-func (s *controlServer) reply(id uint64, frame []byte) {
+func (s *controlServer) reply(call *serverCall, frame []byte) {
+	call.end(context.Canceled)
 	s.mu.Lock()
-	if cancel := s.running[id]; cancel != nil {
-		cancel()
-	}
-	delete(s.running, id)
+	delete(s.running, call.id)
 	_, mustFlush := s.q.append(frame)
 	if s.draining && len(s.running) == 0 {
 		mustFlush = s.q.finish() || mustFlush

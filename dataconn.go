@@ -681,7 +681,7 @@ func (d *dataServer) lendReader(s *serverStream) error {
 func (d *dataServer) work(s *serverStream, q request) {
 	cancel := d.cancel
 	defer cancel()
-	f, err := d.accept(s.kind, q.name)
+	f, err := d.accept(s.kind, string(q.name))
 	if err == nil {
 		err = s.run(f, q.body)
 	}

@@ -74,6 +74,7 @@ var errInterrupted = errors.New("rpc: interrupted")
 // any may write. The first cause of its end is the one that everybody gets.
 type frameConn struct {
 	nc      net.Conn
+	peer    string // the address of the other end
 	stats   *counters
 	ours    promises
 	raw     interface{ bytesRead() uint64 } // counts bytes below TLS, whose records come late; may be nil
@@ -86,6 +87,7 @@ type frameConn struct {
 	buf     []byte
 	r, w    int // buf[r:w] is read but not consumed
 	readErr error
+	name    []byte // of the latest request
 
 	answered  chan struct{} // of a server: closed when its answer is written; nil for a client
 	writing   chan struct{} // the write lock, a channel so that waiting for it can be given up
@@ -116,15 +118,12 @@ type pulseState struct {
 
 func newFrameConn(nc net.Conn, ours promises, stats *counters) *frameConn {
 	c := &frameConn{
-		nc: nc, ours: ours, stats: stats, started: time.Now(),
+		nc: nc, peer: addrString(nc.RemoteAddr()), ours: ours, stats: stats, started: time.Now(),
 		buf: make([]byte, smallBuffer), writing: make(chan struct{}, 1), done: make(chan struct{}),
 	}
 	c.raw, _ = nc.(interface{ bytesRead() uint64 })
 	return c
 }
-
-// peer is the address of the other end.
-func (c *frameConn) peer() string { return addrString(c.nc.RemoteAddr()) }
 
 func addrString(a net.Addr) string {
 	if a == nil {
@@ -570,9 +569,26 @@ func (c *frameConn) readUint64() (uint64, error) {
 	return binary.BigEndian.Uint64(b), nil
 }
 
-// body reads the last n bytes of a payload. Memory grows as they arrive.
+// smallBody is the size of the bodies that are used again.
+const smallBody = 4 << 10
+
+var smallBodies = sync.Pool{New: func() any { return new([smallBody]byte) }}
+
+// recycleBody takes back a body that nobody uses any more.
+func recycleBody(b []byte) {
+	if cap(b) == smallBody {
+		smallBodies.Put((*[smallBody]byte)(b[:smallBody]))
+	}
+}
+
+// body reads the last n bytes of a payload. Memory grows as they arrive. It may be given back with recycleBody.
 func (c *frameConn) body(n int) ([]byte, error) {
-	b := make([]byte, 0, min(n, bodyStep))
+	var b []byte
+	if n <= smallBody {
+		b = smallBodies.Get().(*[smallBody]byte)[:0]
+	} else {
+		b = make([]byte, 0, min(n, bodyStep))
+	}
 	for len(b) < n {
 		if len(b) == cap(b) {
 			b = slices.Grow(b, min(n-len(b), len(b)))
@@ -637,7 +653,9 @@ func (c *frameConn) outcome(n int) (body []byte, failed *Error, err error) {
 	if body, err = c.body(n); err != nil || code == OK {
 		return body, nil, err
 	}
-	return nil, &Error{Code: errorCode(code), Message: strings.ToValidUTF8(string(body), "\uFFFD")}, nil
+	failed = &Error{Code: errorCode(code), Message: strings.ToValidUTF8(string(body), "\uFFFD")}
+	recycleBody(body)
+	return nil, failed, nil
 }
 
 func (c *frameConn) tooLong(what string, n int) error {
@@ -647,7 +665,7 @@ func (c *frameConn) tooLong(what string, n int) error {
 // request is what a call, a download or an upload carries.
 type request struct {
 	timeout time.Duration // 0: none
-	name    string        // the method or the endpoint
+	name    []byte        // the method or the endpoint; valid until the next request is read
 	body    []byte
 }
 
@@ -673,7 +691,8 @@ func (c *frameConn) request(n int) (request, error) {
 	if err != nil {
 		return request{}, err
 	}
-	q := request{timeout: time.Duration(min(timeout, uint64(maxTimeout))), name: string(name)}
+	q := request{timeout: time.Duration(min(timeout, uint64(maxTimeout))), name: append(c.name[:0], name...)}
+	c.name = q.name
 	q.body, err = c.body(n)
 	return q, err
 }
@@ -743,6 +762,79 @@ func timeoutOf(ctx context.Context) time.Duration {
 		return 0
 	}
 	return max(time.Until(deadline), 1)
+}
+
+// requestContext is the context of a request's handler. Unlike those of package context it costs nothing until somebody
+// waits for its end.
+type requestContext struct {
+	parent   context.Context // of the connection
+	deadline time.Time       // zero for none
+
+	mu     sync.Mutex
+	err    error
+	done   chan struct{} // made when somebody asks for it
+	timer  *time.Timer   // of the deadline
+	unlink func() bool   // from parent
+}
+
+// Deadline returns the caller's deadline.
+func (r *requestContext) Deadline() (time.Time, bool) { return r.deadline, !r.deadline.IsZero() }
+
+// Value returns what the connection's context has.
+func (r *requestContext) Value(key any) any { return r.parent.Value(key) }
+
+// Err returns why the context has ended.
+func (r *requestContext) Err() error {
+	r.mu.Lock()
+	err := r.err
+	r.mu.Unlock()
+	switch {
+	case err != nil:
+		return err
+	case r.parent.Err() != nil:
+		r.end(r.parent.Err())
+	case !r.deadline.IsZero() && !time.Now().Before(r.deadline):
+		r.end(context.DeadlineExceeded)
+	default:
+		return nil
+	}
+	return r.Err()
+}
+
+// Done returns a channel that is closed when the context ends.
+func (r *requestContext) Done() <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.done != nil {
+		return r.done
+	}
+	r.done = make(chan struct{})
+	if r.err != nil {
+		close(r.done)
+		return r.done
+	}
+	r.unlink = context.AfterFunc(r.parent, func() { r.end(r.parent.Err()) })
+	if !r.deadline.IsZero() {
+		r.timer = time.AfterFunc(time.Until(r.deadline), func() { r.end(context.DeadlineExceeded) })
+	}
+	return r.done
+}
+
+// end ends the context, unless it has ended.
+func (r *requestContext) end(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.err != nil {
+		return
+	}
+	r.err = err
+	if r.done != nil {
+		close(r.done)
+		r.unlink()
+	}
+	if r.timer != nil {
+		r.timer.Stop()
+	}
 }
 
 // callContext is the context of a request's handler; 0 is no timeout.

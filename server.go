@@ -166,7 +166,7 @@ type Server struct {
 	goroutines sync.WaitGroup // Add only with mu held, and not after Close
 
 	handlersMu sync.RWMutex
-	calls      map[string]callHandler
+	calls      map[string]*callMethod
 	downloads  map[string]streamFunc
 	uploads    map[string]streamFunc
 
@@ -189,9 +189,6 @@ const (
 	stateClosed   serverState = 2
 )
 
-// callHandler decodes body, runs the handler and appends the encoded result to out.
-type callHandler func(ctx context.Context, body, out []byte) ([]byte, error)
-
 // NewServer returns a server of h's calls. h may be nil: HandleCall, HandleDownload, HandleUpload and HandleLabel add
 // others. What is wrong with the configuration is the error of Serve.
 func NewServer(h Handler, config ServerConfig) *Server {
@@ -201,7 +198,7 @@ func NewServer(h Handler, config ServerConfig) *Server {
 	s := &Server{
 		config: config, invalid: invalid, ours: promises{config.HeartbeatInterval, config.MaxMessageSize},
 		ctx: ctx, cancel: cancel,
-		calls: make(map[string]callHandler), downloads: make(map[string]streamFunc), uploads: make(map[string]streamFunc),
+		calls: make(map[string]*callMethod), downloads: make(map[string]streamFunc), uploads: make(map[string]streamFunc),
 		listeners: make(map[*Listener]struct{}), conns: make(map[*serverConn]struct{}),
 		perClient: make(map[string]int), changed: make(chan struct{}),
 	}
@@ -230,7 +227,7 @@ func HandleCall[T any, Req interface {
 	*T
 	Message
 }, Res Message](s *Server, method string, f func(context.Context, Req) (Res, error)) {
-	register(s, s.calls, method, f == nil, func(ctx context.Context, body, out []byte) ([]byte, error) {
+	register(s, s.calls, method, f == nil, &callMethod{method, func(ctx context.Context, body, out []byte) ([]byte, error) {
 		req, err := decode[T, Req](body)
 		if err != nil {
 			return nil, err
@@ -240,7 +237,7 @@ func HandleCall[T any, Req interface {
 			return nil, err
 		}
 		return appendResult(out, res)
-	})
+	}})
 }
 
 // HandleDownload has f handle the downloads of an endpoint, a name of 1 to 255 bytes. f returns a result and a stream,
@@ -743,7 +740,7 @@ func (s *Server) serveConn(conn *serverConn) {
 	err := errPolite
 	switch conn.label {
 	case labelControl:
-		cs := newControlServer(conn.fc, s.config.MaxHandlers, conn.acceptCall)
+		cs := newControlServer(conn.fc, s.config.MaxHandlers, conn)
 		s.setDrain(conn, cs.drain)
 		err = cs.serve(ctx)
 	case labelData:
@@ -809,35 +806,59 @@ func (s *Server) releasePlace() {
 	s.handlers--
 }
 
-// acceptCall finds the handler of a method and takes a place for it.
-func (conn *serverConn) acceptCall(method string) (callFunc, error) {
+// acceptCall finds a method and takes a place for its handler.
+func (conn *serverConn) acceptCall(name []byte) (*callMethod, error) {
 	s := conn.s
 	s.stats.calls.Add(1)
 	s.handlersMu.RLock()
-	h := s.calls[method]
+	m := s.calls[string(name)]
 	s.handlersMu.RUnlock()
-	if h == nil {
+	var err error
+	switch {
+	case m == nil:
+		err = unimplemented(string(name))
+	case m.name != methodPing:
+		err = s.takePlace()
+	}
+	if err != nil {
 		s.stats.callsFailed.Add(1)
-		return nil, unimplemented(method)
 	}
-	if method == methodPing {
-		return callFunc(h), nil
+	return m, err
+}
+
+// runCall runs the handler of a method, and gives its place back.
+func (conn *serverConn) runCall(ctx context.Context, m *callMethod, body, out []byte) ([]byte, error) {
+	handle := conn.containCall
+	if conn.s.config.Intercept != nil && m.name != methodPing {
+		handle = conn.interceptCall
 	}
-	if err := s.takePlace(); err != nil {
-		s.stats.callsFailed.Add(1)
-		return nil, err
+	out, err := handle(ctx, m, body, out)
+	if err != nil {
+		conn.s.stats.callsFailed.Add(1)
 	}
-	return func(ctx context.Context, body, out []byte) ([]byte, error) {
-		defer s.releasePlace()
-		err := conn.intercept(ctx, method, func(ctx context.Context) (err error) {
-			out, err = h(ctx, body, out)
-			return err
-		})
-		if err != nil {
-			s.stats.callsFailed.Add(1)
+	if m.name != methodPing {
+		conn.s.releasePlace()
+	}
+	return out, err
+}
+
+// interceptCall is intercept for a call.
+func (conn *serverConn) interceptCall(ctx context.Context, m *callMethod, body, out []byte) ([]byte, error) {
+	err := conn.intercept(ctx, m.name, func(ctx context.Context) (err error) {
+		out, err = m.handle(ctx, body, out)
+		return err
+	})
+	return out, err
+}
+
+// containCall is contain for a call, without a closure.
+func (conn *serverConn) containCall(ctx context.Context, m *callMethod, body, out []byte) (res []byte, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = conn.panicked(ctx, m.name, p)
 		}
-		return out, err
-	}, nil
+	}()
+	return m.handle(ctx, body, out)
 }
 
 // acceptStream finds the handler of an endpoint and takes a place for it.
@@ -901,11 +922,16 @@ func (conn *serverConn) intercept(ctx context.Context, method string, handle fun
 func (conn *serverConn) contain(ctx context.Context, method string, f func(context.Context) error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			conn.s.logPanic(ctx, "the handler of "+orDefault(method, conn.label), p)
-			err = &Error{Code: Internal, Message: "the handler panicked"}
+			err = conn.panicked(ctx, method, p)
 		}
 	}()
 	return f(ctx)
+}
+
+// panicked is the error for a panic of a handler.
+func (conn *serverConn) panicked(ctx context.Context, method string, p any) error {
+	conn.s.logPanic(ctx, "the handler of "+orDefault(method, conn.label), p)
+	return &Error{Code: Internal, Message: "the handler panicked"}
 }
 
 func (s *Server) logPanic(ctx context.Context, who string, p any) {
