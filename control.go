@@ -359,13 +359,12 @@ func (cc *controlClient) end(cause error) {
 	cc.mu.Lock()
 	defer cc.mu.Unlock()
 	cc.idleTimer.Stop()
-	var refused *HandshakeError
-	wasRefused := errors.As(cause, &refused)
+	connected := cc.connected()
 	for id, call := range cc.calls {
 		cc.forgetLocked(id)
 		call.result = result{err: cause}
-		if wasRefused || cc.q.untouched(call.number) {
-			call.result = unstarted(cause, cc.connected())
+		if !connected && nothingRan(cause) || cc.q.untouched(call.number) {
+			call.result = unstarted(cause, connected)
 		}
 		call.done <- struct{}{}
 	}

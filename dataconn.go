@@ -328,7 +328,7 @@ func (d *dataClient) awaitAnswer() error {
 // awaitResult reads the result of the request.
 func (d *dataClient) awaitResult() result {
 	if err := d.awaitAnswer(); err != nil {
-		if refused := new(HandshakeError); errors.As(err, &refused) {
+		if nothingRan(err) {
 			return unstarted(err, false)
 		}
 		return result{err: err}

@@ -936,6 +936,16 @@ type result struct {
 	again      bool // the request can be tried again
 }
 
+// nothingRan tells whether an error of a handshake means that the server has acted on nothing: it sent something else than
+// an answer, or left without one. When the connection broke, its answer may have been lost.
+func nothingRan(err error) bool {
+	var refused *HandshakeError
+	var protocol *ProtocolError
+	var alert *net.OpError
+	return errors.As(err, &refused) || errors.As(err, &protocol) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		errors.As(err, &alert) && alert.Op == "remote error" // as crypto/tls calls them
+}
+
 // unstarted is the result of a request that the server has not started. It can be tried again unless err is one of
 // connecting: those are the request's own.
 func unstarted(err error, connected bool) result {

@@ -203,7 +203,7 @@ func notOurs(b []byte) string {
 	case strings.HasPrefix(s, "SSH-"):
 		speaks = "; it seems to speak SSH"
 	}
-	return "the peer does not speak " + protocolName + speaks + ": it sent " + quoted(s)
+	return "the peer does not speak " + protocolName + speaks + ": it sent " + quoted(s[:min(len(s), 32)])
 }
 
 func hasAnyPrefix(s string, prefixes ...string) bool {

@@ -988,7 +988,6 @@ func (s *Server) Close() error {
 	handshakes, conns := slices.Clone(s.handshakes), slices.Collect(maps.Keys(s.conns))
 	s.mu.Unlock()
 	s.closeListeners()
-	s.cancel()
 	for _, h := range handshakes {
 		h.nc.Close()
 	}
@@ -999,6 +998,7 @@ func (s *Server) Close() error {
 			conn.nc.Close()
 		}
 	}
+	s.cancel() // after the connections: that it was Close is no news for the clients
 	s.goroutines.Wait()
 	return nil
 }

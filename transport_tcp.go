@@ -20,8 +20,8 @@ type TCPConnecter struct {
 	Dialer net.Dialer // how to dial: time limits, local address, keep-alive; the zero value is fine
 }
 
-// Connect dials Addr. The caller closes the connection. Errors name Addr and wrap the one of package net, so that
-// errors.Is, errors.As and Timeout see it; ctx ends the dialing, not the connection.
+// Connect dials Addr. The caller closes the connection. Errors are those of package net, which name Addr; ctx ends the
+// dialing, not the connection.
 func (c *TCPConnecter) Connect(ctx context.Context) (net.Conn, error) {
 	return dialTCP(ctx, &c.Dialer, c.Addr)
 }
@@ -30,11 +30,7 @@ func dialTCP(ctx context.Context, dialer *net.Dialer, addr string) (net.Conn, er
 	if addr == "" {
 		return nil, errors.New("rpc: connect: no address: the connecter's Addr is empty, want host:port")
 	}
-	conn, err := dialer.DialContext(ctx, "tcp", addr)
-	if err != nil {
-		return nil, &lostError{"connect to " + printable(addr), err}
-	}
-	return conn, nil
+	return dialer.DialContext(ctx, "tcp", addr) // whose errors name addr
 }
 
 // listenTCP binds addr, for both kinds of listener.
