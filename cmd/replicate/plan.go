@@ -1,0 +1,93 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"example.org/rpc"
+)
+
+// step brings one version to the sink.
+type step struct {
+	from   *rpc.FilesystemVersion // what an increment starts from; nil: the whole version is sent
+	to     rpc.FilesystemVersion
+	token  string // what the sink has of it already; "" nothing
+	offset uint64 // how many bytes that is
+	clear  bool   // the sink is to drop what it has of something else
+	size   uint64 // how much is to be sent; 0 if that is not known
+}
+
+// plan is what one filesystem needs.
+type plan struct {
+	filesystem string
+	steps      []step // in the order in which they are to be done
+	conflict   error  // what cannot be replicated; the steps can
+}
+
+// sinkState is what the sink has of a filesystem.
+type sinkState struct {
+	versions []rpc.FilesystemVersion
+	token    string // of what broke off; "" nothing did
+}
+
+// makePlan finds the versions that the sink does not have, the oldest first, and before them the one that broke off.
+// Versions are the same if their GUIDs are. They are independent of each other, so all of them are sent whole.
+func makePlan(filesystem string, source []rpc.FilesystemVersion, sink sinkState, parse func(token string) (ResumePoint, error)) plan {
+	there, named := make(map[uint64]bool), make(map[string]rpc.FilesystemVersion)
+	for _, v := range sink.versions {
+		if v.Type == rpc.VersionSnapshot {
+			there[v.GUID], named[v.Name] = true, v
+		}
+	}
+	p := plan{filesystem: filesystem}
+	var conflicts []error
+	for _, v := range slices.SortedFunc(slices.Values(source), byAge) {
+		other, taken := named[v.Name]
+		switch {
+		case v.Type != rpc.VersionSnapshot || there[v.GUID]:
+		case taken:
+			conflicts = append(conflicts, conflict(v, other))
+		default:
+			p.steps = append(p.steps, step{to: v})
+		}
+	}
+	p.conflict = errors.Join(conflicts...)
+	p.resume(sink.token, parse)
+	return p
+}
+
+func conflict(source, sink rpc.FilesystemVersion) error {
+	return fmt.Errorf("conflict: version %q is %016x of %v at the source, but %016x of %v at the sink; nothing is overwritten",
+		source.Name, source.GUID, source.Creation, sink.GUID, sink.Creation)
+}
+
+// resume puts the step first that broke off. What the sink has of a version that is not wanted any more is dropped.
+func (p *plan) resume(token string, parse func(string) (ResumePoint, error)) {
+	if token == "" || len(p.steps) == 0 {
+		return
+	}
+	point, err := parse(token)
+	i := slices.IndexFunc(p.steps, func(s step) bool {
+		return err == nil && s.to.GUID == point.GUID && s.to.Name == point.Name
+	})
+	if i < 0 {
+		p.steps[0].clear = true
+		return
+	}
+	s := p.steps[i]
+	s.token, s.offset = token, point.Offset
+	p.steps = slices.Insert(slices.Delete(p.steps, i, i+1), 0, s)
+}
+
+// further tells whether the sink has got on since the plan before was made.
+func (p plan) further(before plan) bool {
+	return len(p.steps) < len(before.steps) || p.resumedBytes() > before.resumedBytes()
+}
+
+func (p plan) resumedBytes() uint64 {
+	if len(p.steps) == 0 {
+		return 0
+	}
+	return p.steps[0].offset
+}

@@ -1,0 +1,345 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strings"
+	"time"
+
+	"example.org/rpc"
+)
+
+var serveCommand = command{
+	name:     "serve",
+	synopsis: "-listen ADDR [-sink STORE] [-source STORE] -tls DIR | -clients MAP",
+	brief:    "be the passive side: take pushes, serve pulls",
+	about: `The passive side. A sink takes pushes: each client has a folder of its own in it, named by its identity, and sees and
+changes nothing outside of that; nothing is ever overwritten or destroyed, and only the owner of the server's process
+can read what was received. A source serves pulls of the whole store to
+every client that is let in, read only. With both, pushes and what push looks at go to the sink, pulls and what pull and
+list look at to the source ("list -side sink" shows the other).
+
+With -tls, clients show certificates of the CA, and their names are their identities. Without TLS, -clients maps
+addresses, networks and zones to identities, the longest prefix wins, and * stands for the address:
+
+  -clients 10.0.0.0/24=lan-*,192.0.2.7=db7,fd00::/8=lab
+
+An interrupt or SIGTERM stops taking in new work and waits for what runs; a second one ends the process at once. What
+breaks off is resumed by the next push.
+` + aboutStores,
+	run: runServe,
+}
+
+// serveFlags are the flags of serve.
+type serveFlags struct {
+	listen, sink, source, tls, name, allow, clients string
+	json, verbose                                   bool
+}
+
+func (f *serveFlags) add(flags *flag.FlagSet) {
+	flags.StringVar(&f.listen, "listen", "", "`address` to listen on, [HOST]:PORT")
+	flags.StringVar(&f.sink, "sink", "", "`STORE` that takes pushes")
+	flags.StringVar(&f.source, "source", "", "`STORE` that serves pulls")
+	flags.StringVar(&f.tls, "tls", "", "`DIR` with ca.crt, NAME.crt and NAME.key as \"replicate certs\" makes them")
+	flags.StringVar(&f.name, "name", defaultServer, "the `NAME` of the server's certificate")
+	flags.StringVar(&f.allow, "allow", "", "the clients' `NAMES` that may connect, with commas between them (default: all that the CA made a certificate for)")
+	flags.StringVar(&f.clients, "clients", "", "plain TCP: a `MAP` from addresses to identities")
+	flags.BoolVar(&f.json, "json", false, "log as JSON")
+	flags.BoolVar(&f.verbose, "v", false, "log every call too")
+}
+
+func (f *serveFlags) check() error {
+	switch {
+	case f.listen == "":
+		return usagef("-listen is missing")
+	case f.sink == "" && f.source == "":
+		return usagef("-sink or -source is missing")
+	case f.tls == "" && f.clients == "":
+		return usagef("-tls is missing (or -clients, for plain TCP)")
+	case f.tls != "" && f.clients != "":
+		return usagef("-tls and -clients exclude each other")
+	case f.tls == "" && f.allow != "":
+		return usagef("-allow %q is for -tls", f.allow)
+	}
+	return nil
+}
+
+func (f *serveFlags) logger(w io.Writer) *slog.Logger {
+	options := &slog.HandlerOptions{Level: slog.LevelInfo}
+	if f.verbose {
+		options.Level = slog.LevelDebug
+	}
+	if f.json {
+		return slog.New(slog.NewJSONHandler(w, options))
+	}
+	return slog.New(slog.NewTextHandler(w, options))
+}
+
+func runServe(ctx context.Context, o output, flags *flag.FlagSet, args []string) error {
+	var f serveFlags
+	f.add(flags)
+	if err := parse(flags, args); err != nil {
+		return err
+	}
+	if err := errors.Join(noArguments(flags), f.check()); err != nil {
+		return err
+	}
+	log := f.logger(o.status)
+	service := &service{log: log}
+	defer service.close()
+	if err := service.open(f.sink, f.source); err != nil {
+		return err
+	}
+	listener, err := f.listener()
+	if err != nil {
+		return err
+	}
+	log.Info("listening", "addr", listener.Addr().String(), "sink", f.sink, "source", f.source)
+	return serve(ctx, service, listener)
+}
+
+func (f *serveFlags) listener() (*rpc.Listener, error) {
+	if _, _, err := net.SplitHostPort(f.listen); err != nil {
+		return nil, usagef("-listen %q: %v; it is [HOST]:PORT", f.listen, err)
+	}
+	if f.clients != "" {
+		clients, err := parseClients(f.clients)
+		if err != nil {
+			return nil, err
+		}
+		return rpc.ListenTCP(f.listen, clients)
+	}
+	allowed, err := parseNames(f.allow)
+	if err != nil {
+		return nil, err
+	}
+	files, err := certFiles(f.tls, f.name)
+	if err != nil {
+		return nil, err
+	}
+	config, err := rpc.ServerTLSConfig(files.ca, files.cert, files.key)
+	if err != nil {
+		return nil, err
+	}
+	return rpc.ListenTLS(f.listen, config, allowed...)
+}
+
+// parseNames reads NAME,... or nothing.
+func parseNames(text string) ([]string, error) {
+	if text == "" {
+		return nil, nil
+	}
+	names := strings.Split(text, ",")
+	for _, name := range names {
+		if err := checkCertName(name); err != nil {
+			return nil, usagef("-allow: %v", err)
+		}
+	}
+	return names, nil
+}
+
+// parseClients reads ADDRESS=IDENTITY,... An identity is a folder's name, and the address may be put into one.
+func parseClients(text string) (map[string]string, error) {
+	clients := make(map[string]string)
+	for pair := range strings.SplitSeq(text, ",") {
+		addr, identity, ok := strings.Cut(pair, "=")
+		if !ok {
+			return nil, usagef("-clients: %q is not ADDRESS=IDENTITY", pair)
+		}
+		_, addrErr := netip.ParseAddr(addr)
+		if _, err := netip.ParsePrefix(addr); err != nil && addrErr != nil {
+			return nil, usagef("-clients: %q is neither an address nor a network such as 10.0.0.0/24", addr)
+		}
+		if err := checkCertName(strings.ReplaceAll(identity, "*", "x")); err != nil {
+			return nil, usagef("-clients: %q: %v", pair, err)
+		}
+		if _, twice := clients[addr]; twice {
+			return nil, usagef("-clients: %q is there twice", addr)
+		}
+		clients[addr] = identity
+	}
+	return clients, nil
+}
+
+// serve serves until ctx ends; then it lets what runs come to its end.
+func serve(ctx context.Context, service *service, listener *rpc.Listener) error {
+	server := service.server()
+	stopped := make(chan struct{})
+	release := context.AfterFunc(ctx, func() { // Serve returns when it begins; it is waited for below
+		defer close(stopped)
+		service.log.Info("stopping: waiting for what runs; once more ends it")
+		server.Shutdown(context.Background())
+	})
+	err := server.Serve(listener)
+	if !release() { // ctx has ended
+		<-stopped
+	}
+	server.Close()
+	if errors.Is(err, rpc.ErrClosed) {
+		stats := server.Stats()
+		service.log.Info("stopped", "connections", stats.Conns, "refused", stats.HandshakesRefused, "calls", stats.Calls,
+			"streams", stats.Streams, "failed_streams", stats.StreamsFailed, "bytes_in", stats.BytesRead, "bytes_out", stats.BytesWritten)
+		return nil
+	}
+	return err
+}
+
+// service is what the passive side's peers may do: push into a part of the sink that is theirs, pull from the source.
+type service struct {
+	rpc.UnimplementedHandler
+	sink, source Store // nil: it has none
+	log          *slog.Logger
+}
+
+func (s *service) open(sink, source string) error {
+	var err error
+	if sink != "" {
+		if s.sink, err = openStore(sink, s.log); err != nil {
+			return fmt.Errorf("-sink: %w", err)
+		}
+	}
+	if source != "" {
+		if s.source, err = openStore(source, s.log); err != nil {
+			return fmt.Errorf("-source: %w", err)
+		}
+	}
+	return nil
+}
+
+func (s *service) close() {
+	for _, store := range []Store{s.sink, s.source} {
+		if store != nil {
+			store.Close()
+		}
+	}
+}
+
+// server makes the server, with the two calls that are not of the replication service.
+func (s *service) server() *rpc.Server {
+	server := rpc.NewServer(s, rpc.ServerConfig{Logger: s.log, Intercept: s.logCall})
+	if s.sink != nil {
+		rpc.HandleCall(server, sinkFilesystemsCall, s.sinkFilesystems)
+		rpc.HandleCall(server, sinkVersionsCall, s.sinkVersions)
+	}
+	return server
+}
+
+// logCall stands around every call and stream.
+func (s *service) logCall(ctx context.Context, call rpc.CallInfo, handle func(context.Context)) {
+	start := time.Now()
+	handle(ctx)
+	s.log.DebugContext(ctx, "call", "method", call.Method, "client", call.Identity, "addr", call.RemoteAddr.String(),
+		"duration", time.Since(start).Round(time.Microsecond))
+}
+
+// own opens the caller's part of the sink. The caller closes it.
+func (s *service) own(ctx context.Context) (Store, error) {
+	if s.sink == nil {
+		return nil, rpc.Errorf(rpc.PermissionDenied, "this server takes nothing: it is read only")
+	}
+	return s.sink.Sub(rpc.ClientIdentity(ctx))
+}
+
+func (s *service) readable() (Store, error) {
+	if s.source == nil {
+		return nil, rpc.Errorf(rpc.PermissionDenied, "this server serves no pulls: it has no source")
+	}
+	return s.source, nil
+}
+
+func (s *service) ListFilesystems(ctx context.Context, req *rpc.ListFilesystemReq) (*rpc.ListFilesystemRes, error) {
+	if s.source == nil {
+		return s.sinkFilesystems(ctx, req)
+	}
+	return s.source.ListFilesystems(ctx, req)
+}
+
+func (s *service) ListFilesystemVersions(ctx context.Context, req *rpc.ListFilesystemVersionsReq) (*rpc.ListFilesystemVersionsRes, error) {
+	if s.source == nil {
+		return s.sinkVersions(ctx, req)
+	}
+	return s.source.ListFilesystemVersions(ctx, req)
+}
+
+func (s *service) sinkFilesystems(ctx context.Context, req *rpc.ListFilesystemReq) (*rpc.ListFilesystemRes, error) {
+	own, err := s.own(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer own.Close()
+	return own.ListFilesystems(ctx, req)
+}
+
+func (s *service) sinkVersions(ctx context.Context, req *rpc.ListFilesystemVersionsReq) (*rpc.ListFilesystemVersionsRes, error) {
+	own, err := s.own(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer own.Close()
+	return own.ListFilesystemVersions(ctx, req)
+}
+
+// DestroySnapshots is refused: a client that was broken into must not be able to destroy its backups.
+func (s *service) DestroySnapshots(context.Context, *rpc.DestroySnapshotsReq) (*rpc.DestroySnapshotsRes, error) {
+	return nil, rpc.Errorf(rpc.PermissionDenied, "this server destroys nothing")
+}
+
+func (s *service) SendDry(ctx context.Context, req *rpc.SendReq) (*rpc.SendRes, error) {
+	source, err := s.readable()
+	if err != nil {
+		return nil, err
+	}
+	return source.SendDry(ctx, req)
+}
+
+func (s *service) SendCompleted(ctx context.Context, req *rpc.SendCompletedReq) (*rpc.SendCompletedRes, error) {
+	source, err := s.readable()
+	if err != nil {
+		return nil, err
+	}
+	return source.SendCompleted(ctx, req)
+}
+
+func (s *service) Send(ctx context.Context, req *rpc.SendReq) (*rpc.SendRes, io.ReadCloser, error) {
+	source, err := s.readable()
+	if err != nil {
+		return nil, nil, err
+	}
+	res, stream, err := source.Send(ctx, req)
+	if err != nil {
+		return nil, nil, err
+	}
+	s.log.InfoContext(ctx, "sending", "client", rpc.ClientIdentity(ctx), "filesystem", req.Filesystem,
+		"version", versionName(req.To), "bytes", res.ExpectedSize, "resumed", res.UsedResumeToken)
+	return res, stream, nil
+}
+
+func (s *service) Receive(ctx context.Context, req *rpc.ReceiveReq, r io.Reader) (*rpc.ReceiveRes, error) {
+	own, err := s.own(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer own.Close()
+	log := s.log.With("client", rpc.ClientIdentity(ctx), "filesystem", req.Filesystem, "version", versionName(req.To))
+	start := time.Now()
+	res, err := own.Receive(ctx, req, r) // not wrapped: what r can do besides Read makes it faster
+	if err != nil {
+		log.WarnContext(ctx, "not received", "error", err)
+		return nil, err
+	}
+	log.InfoContext(ctx, "received", "duration", time.Since(start).Round(time.Millisecond))
+	return res, nil
+}
+
+func versionName(v *rpc.FilesystemVersion) string {
+	if v == nil {
+		return ""
+	}
+	return v.Name
+}

@@ -1,0 +1,390 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"slices"
+	"sync"
+
+	"example.org/rpc"
+)
+
+const aboutTransfer = `
+It lists both sides, sends what is missing, oldest first, and first of all what broke off before. A version that is
+there under the same name but is not the same is a conflict: it fails, and nothing is overwritten. What the source no
+longer has stays at the other side. A filesystem that fails does not stop the others. FILESYSTEMs are named as list
+shows them; none means all.
+
+On a terminal every transfer has a line with bytes, percent, rate and time left, otherwise there is one every ten
+seconds.
+` + aboutStores
+
+var pushCommand = command{
+	name:     "push",
+	synopsis: "-peer ADDR -store STORE [flags] [FILESYSTEM...]",
+	brief:    "replicate from here to a server's sink",
+	about:    "Replicates from STORE to the peer's sink, into the folder of this client there.\n" + aboutTransfer,
+	run:      runPush,
+}
+
+var pullCommand = command{
+	name:     "pull",
+	synopsis: "-peer ADDR -store STORE [flags] [FILESYSTEM...]",
+	brief:    "replicate from a server's source to here",
+	about:    "Replicates from the peer's source to STORE.\n" + aboutTransfer,
+	run:      runPull,
+}
+
+func runPush(ctx context.Context, o output, flags *flag.FlagSet, args []string) error {
+	return transferCommand(ctx, o, flags, args, func(r *replication, store Store, peer *rpc.Client) {
+		r.source, r.sink = store, sinkPeer{peer}
+	})
+}
+
+func runPull(ctx context.Context, o output, flags *flag.FlagSet, args []string) error {
+	return transferCommand(ctx, o, flags, args, func(r *replication, store Store, peer *rpc.Client) {
+		r.source, r.sink = peer, store
+	})
+}
+
+// transferCommand is push and pull; connect says which side is which.
+func transferCommand(ctx context.Context, o output, flags *flag.FlagSet, args []string,
+	connect func(r *replication, store Store, peer *rpc.Client)) error {
+	var peer peerFlags
+	peer.add(flags)
+	storeName := flags.String("store", "", "the `STORE` on this side")
+	jobs := flags.Int("jobs", 2, "`N` filesystems at a time")
+	retry := flags.Int("retry", 3, "try again up to `N` times after a lost connection; getting further in between starts the count anew")
+	dry := flags.Bool("n", false, "only show what would be transferred")
+	asJSON := flags.Bool("json", false, "results and progress as JSON, an object a line")
+	if err := parse(flags, args); err != nil {
+		return err
+	}
+	switch {
+	case *jobs < 1 || *jobs > maxJobs:
+		return usagef("-jobs %d: 1 to %d", *jobs, maxJobs)
+	case *retry < 0:
+		return usagef("-retry %d: 0 or more", *retry)
+	}
+	if err := checkSelection(flags.Args()); err != nil {
+		return err
+	}
+	report := newReporter(o, *asJSON)
+	defer report.close()
+	store, err := openStore(*storeName, warnings(report))
+	if err != nil {
+		return err
+	}
+	defer store.Close()
+	client, err := peer.client(rpc.ClientConfig{MaxIdleDataConns: *jobs}) // its errors come back: it has nothing to log
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	r := &replication{parse: store.ParseResumeToken, jobs: *jobs, retry: retries{max: *retry, first: firstBackoff},
+		reconnect: client.ResetConnectBackoff, report: report}
+	connect(r, store, client)
+	if *dry {
+		return r.show(ctx, flags.Args())
+	}
+	return r.run(ctx, flags.Args())
+}
+
+var errInterrupted = errors.New("interrupted")
+
+const maxJobs = 64 // a quarter of the connections that a server allows a client
+
+// warnings is a log for people at a terminal.
+func warnings(w io.Writer) *slog.Logger {
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{
+		Level: slog.LevelWarn,
+		ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
+			if a.Key == slog.TimeKey {
+				return slog.Attr{}
+			}
+			return a
+		},
+	}))
+}
+
+func checkSelection(filesystems []string) error {
+	for _, name := range filesystems {
+		if len(name) > 0 && name[0] == '-' {
+			return usagef("%q: flags stand before the FILESYSTEMs", name)
+		}
+		if err := checkPath(name); err != nil {
+			return usagef("FILESYSTEM %q: %v", name, err)
+		}
+	}
+	return nil
+}
+
+// replication brings what the source has to the sink. Either may be a store here or a peer.
+type replication struct {
+	source, sink rpc.Handler
+	parse        func(token string) (ResumePoint, error)
+	jobs         int
+	retry        retries // what each filesystem starts with
+	reconnect    func()  // ends the client's own waiting before it connects again
+	report       *reporter
+}
+
+// run replicates the filesystems of those names, or all.
+func (r *replication) run(ctx context.Context, selected []string) error {
+	found, err := r.list(ctx, selected)
+	if err != nil {
+		return err
+	}
+	r.each(len(found.names), func(i int) {
+		if ctx.Err() != nil {
+			return
+		}
+		err := r.filesystem(ctx, found.names[i], found.tokens)
+		if err != nil && ctx.Err() == nil { // that it was interrupted is said in the summary
+			r.report.failed(found.names[i], err)
+		}
+	})
+	return r.report.summary(len(found.names), ctx.Err() != nil)
+}
+
+// listing is what both sides have.
+type listing struct {
+	names  []string          // of the source's filesystems that are to be replicated
+	tokens map[string]string // of the sink's filesystems: what broke off, "" if nothing did
+}
+
+// list lists both sides; a connection that cannot be made is tried again.
+func (r *replication) list(ctx context.Context, selected []string) (listing, error) {
+	for again := r.retry; ; {
+		found, err := r.listOnce(ctx)
+		if err == nil {
+			return r.choose(found, selected), nil
+		}
+		if err := r.pause(ctx, &again, "", err); err != nil {
+			return listing{}, err
+		}
+	}
+}
+
+func (r *replication) listOnce(ctx context.Context) (listing, error) {
+	source, err := r.source.ListFilesystems(ctx, new(rpc.ListFilesystemReq))
+	if err != nil {
+		return listing{}, fmt.Errorf("list the source: %w", err)
+	}
+	tokens, err := r.sinkTokens(ctx)
+	if err != nil {
+		return listing{}, err
+	}
+	found := listing{tokens: tokens}
+	for _, f := range source.Filesystems {
+		if !f.IsPlaceholder {
+			found.names = append(found.names, f.Path)
+		}
+	}
+	return found, nil
+}
+
+func (r *replication) sinkTokens(ctx context.Context) (map[string]string, error) {
+	sink, err := r.sink.ListFilesystems(ctx, new(rpc.ListFilesystemReq))
+	if err != nil {
+		return nil, fmt.Errorf("list the sink: %w", err)
+	}
+	tokens := make(map[string]string, len(sink.Filesystems))
+	for _, f := range sink.Filesystems {
+		tokens[f.Path] = f.ResumeToken
+	}
+	return tokens, nil
+}
+
+// choose leaves the selected filesystems; one that the source does not have is a failure, but not the others'.
+func (r *replication) choose(found listing, selected []string) listing {
+	if len(selected) == 0 {
+		return found
+	}
+	var names []string
+	for _, name := range selected {
+		switch {
+		case !slices.Contains(found.names, name):
+			r.report.failed(name, errors.New("the source has no filesystem of that name"))
+		case !slices.Contains(names, name):
+			names = append(names, name)
+		}
+	}
+	found.names = names
+	return found
+}
+
+// each calls f with 0 to n-1, jobs of them at a time.
+func (r *replication) each(n int, f func(i int)) {
+	next := make(chan int)
+	var running sync.WaitGroup
+	for range min(r.jobs, n) {
+		running.Go(func() { // ends when next is closed; waited for below
+			for i := range next {
+				f(i)
+			}
+		})
+	}
+	for i := range n {
+		next <- i
+	}
+	close(next)
+	running.Wait()
+}
+
+// filesystem replicates one filesystem and goes on after lost connections, from a new plan each time: what the other
+// side got is known only to it.
+func (r *replication) filesystem(ctx context.Context, name string, tokens map[string]string) error {
+	again := r.retry
+	var before plan
+	for attempt := 0; ; attempt++ {
+		p, err := r.plan(ctx, name, tokens)
+		if err == nil {
+			if attempt > 0 && p.further(before) {
+				again.progressed()
+			}
+			before = p
+			err = r.steps(ctx, p, &again)
+		}
+		if err == nil {
+			return p.conflict
+		}
+		if err := r.pause(ctx, &again, name, err); err != nil {
+			return err
+		}
+		tokens = nil // they are old now
+	}
+}
+
+// pause waits before the next attempt after err, or returns why there is none.
+func (r *replication) pause(ctx context.Context, again *retries, name string, err error) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	wait, ok := again.next(err)
+	if !ok {
+		return err
+	}
+	r.report.retrying(name, err, wait)
+	if err := sleep(ctx, wait); err != nil {
+		return err
+	}
+	r.reconnect()
+	return nil
+}
+
+// plan lists the versions of both sides and makes a plan of them. Without tokens it asks for them.
+func (r *replication) plan(ctx context.Context, name string, tokens map[string]string) (plan, error) {
+	source, err := r.source.ListFilesystemVersions(ctx, &rpc.ListFilesystemVersionsReq{Filesystem: name})
+	if err != nil {
+		return plan{}, fmt.Errorf("list the source's versions: %w", err)
+	}
+	if tokens == nil {
+		if tokens, err = r.sinkTokens(ctx); err != nil {
+			return plan{}, err
+		}
+	}
+	var have sinkState
+	if token, there := tokens[name]; there {
+		res, err := r.sink.ListFilesystemVersions(ctx, &rpc.ListFilesystemVersionsReq{Filesystem: name})
+		if err != nil {
+			return plan{}, fmt.Errorf("list the sink's versions: %w", err)
+		}
+		have = sinkState{versions: res.Versions, token: token}
+	}
+	return makePlan(name, source.Versions, have, r.parse), nil
+}
+
+func (r *replication) steps(ctx context.Context, p plan, again *retries) error {
+	for _, s := range p.steps {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := r.step(ctx, p.filesystem, s); err != nil {
+			return fmt.Errorf("version %q: %w", s.to.Name, err)
+		}
+		again.progressed()
+	}
+	return nil
+}
+
+func (s step) request(filesystem string) *rpc.SendReq {
+	return &rpc.SendReq{Filesystem: filesystem, From: s.from, To: &s.to, ResumeToken: s.token}
+}
+
+// step copies one version: the source's stream is what the sink reads.
+func (r *replication) step(ctx context.Context, filesystem string, s step) error {
+	req := s.request(filesystem)
+	res, stream, err := r.source.Send(ctx, req)
+	if err != nil {
+		return err
+	}
+	defer stream.Close() // again, if the sink has done so: that is harmless
+	if !res.UsedResumeToken {
+		s.offset = 0
+	}
+	t := r.report.start(filesystem, s, res.ExpectedSize)
+	_, err = r.sink.Receive(ctx, &rpc.ReceiveReq{Filesystem: filesystem, To: &s.to, ClearResumeToken: s.clear},
+		&countedStream{stream, t})
+	r.report.finish(t, err)
+	if err != nil {
+		return err
+	}
+	_, err = r.source.SendCompleted(ctx, &rpc.SendCompletedReq{OriginalReq: req})
+	if rpc.CodeOf(err) == rpc.Unimplemented {
+		return nil
+	}
+	return err
+}
+
+// countedStream is a stream whose progress is shown.
+type countedStream struct {
+	io.ReadCloser
+	t *transfer
+}
+
+func (c *countedStream) Read(p []byte) (int, error) {
+	n, err := c.ReadCloser.Read(p)
+	c.t.done.Add(int64(n))
+	return n, err
+}
+
+// show prints the plan of every filesystem, with the sizes that the source gives.
+func (r *replication) show(ctx context.Context, selected []string) error {
+	found, err := r.list(ctx, selected)
+	if err != nil {
+		return err
+	}
+	plans := make([]plan, len(found.names))
+	r.each(len(plans), func(i int) {
+		p, err := r.plan(ctx, found.names[i], found.tokens)
+		if err == nil {
+			err = r.estimate(ctx, p)
+		}
+		if err = cmp.Or(err, p.conflict); err != nil {
+			r.report.failed(found.names[i], err)
+		}
+		plans[i] = p
+	})
+	for _, p := range plans {
+		r.report.planned(p)
+	}
+	return r.report.plannedAll()
+}
+
+// estimate asks the source how much each step would send.
+func (r *replication) estimate(ctx context.Context, p plan) error {
+	for i, s := range p.steps {
+		res, err := r.source.SendDry(ctx, s.request(p.filesystem))
+		if err != nil {
+			return fmt.Errorf("version %q: %w", s.to.Name, err)
+		}
+		p.steps[i].size = res.ExpectedSize
+	}
+	return nil
+}
