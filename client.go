@@ -276,7 +276,7 @@ func (c *Client) download(ctx context.Context, endpoint string, req, res Message
 			continue
 		}
 		if err = op.outcome(ctx, r, res); err != nil {
-			if r.failed == nil {
+			if r.failed == nil && !r.notStarted {
 				d.c.fail(err) // also what cannot be decoded: the stream that follows is not wanted
 			}
 			release()

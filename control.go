@@ -737,11 +737,19 @@ func (s *controlServer) start(call *serverCall, name []byte) (err error) {
 }
 
 func (s *controlServer) run(call *serverCall) {
-	defer s.handlers.Done()
+	returned := false
+	defer func() {
+		if !returned { // the handler has called runtime.Goexit
+			s.reply(call, appendReply(nil, call.id, errNoReturn))
+		}
+		<-s.places
+		s.handlers.Done()
+	}()
 	buf := frameBuffers.Get().(*[]byte)
 	out := appendReply((*buf)[:0], call.id, nil)
 	start := len(out)
 	out, err := s.dispatch.runCall(call, call.method, call.body, out)
+	returned = true
 	recycleBody(call.body)
 	if err == nil {
 		err = checkBody(len(out)-start, s.c.theirs.maxBody)
@@ -752,7 +760,6 @@ func (s *controlServer) run(call *serverCall) {
 	s.q.waitRoom(nil, nil)
 	s.reply(call, finishFrame(out, 0))
 	putFrameBuffer(buf, out)
-	<-s.places
 }
 
 // appendReply appends a reply: an error, or one of success, to which the body is still to be appended.

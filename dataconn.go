@@ -679,12 +679,19 @@ func (d *dataServer) lendReader(s *serverStream) error {
 
 // work runs the handler of a request and sends the last frame.
 func (d *dataServer) work(s *serverStream, q request) {
+	returned := false
 	cancel := d.cancel
-	defer cancel()
+	defer func() {
+		cancel()
+		if !returned { // the handler has called runtime.Goexit
+			d.c.fail(errNoReturn)
+		}
+	}()
 	f, err := d.accept(s.kind, string(q.name))
 	if err == nil {
 		err = s.run(f, q.body)
 	}
+	returned = true
 	last, reusable := s.lastFrame(err)
 	d.mu.Lock()
 	d.busy = false // before the client can know that it is over, and send its next request

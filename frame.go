@@ -155,6 +155,9 @@ func (c *frameConn) fail(cause error) error {
 // errGoaway is why a request was not started by a server that stops.
 var errGoaway = &Error{Code: Unavailable, Message: "the server is shutting down"}
 
+// errNoReturn is the error for a handler whose goroutine has ended in it.
+var errNoReturn = &Error{Code: Internal, Message: "the handler did not return"}
+
 // errPolite is the cause of an end that both sides expect.
 var errPolite error = &lostError{what: "connection closed", cause: net.ErrClosed}
 

@@ -209,6 +209,10 @@ func CodeOf(err error) Code {
 	if err == nil {
 		return OK
 	}
+	var op *opError // a net.Error for the sake of its Timeout, whatever is in it
+	for errors.As(err, &op) {
+		err = op.err
+	}
 	var remote *Error
 	var refused *HandshakeError
 	var lost *lostError

@@ -172,7 +172,7 @@ type Server struct {
 
 	mu         sync.Mutex
 	state      serverState
-	listeners  map[*Listener]struct{}
+	listeners  map[*Listener]func() error // to close each, once
 	handshakes []*handshake // in the order of their arrival
 	conns      map[*serverConn]struct{}
 	perClient  map[string]int
@@ -199,7 +199,7 @@ func NewServer(h Handler, config ServerConfig) *Server {
 		config: config, invalid: invalid, ours: promises{config.HeartbeatInterval, config.MaxMessageSize},
 		ctx: ctx, cancel: cancel,
 		calls: make(map[string]*callMethod), downloads: make(map[string]streamFunc), uploads: make(map[string]streamFunc),
-		listeners: make(map[*Listener]struct{}), conns: make(map[*serverConn]struct{}),
+		listeners: make(map[*Listener]func() error), conns: make(map[*serverConn]struct{}),
 		perClient: make(map[string]int), changed: make(chan struct{}),
 	}
 	HandleCall(s, methodPing, func(_ context.Context, req *PingReq) (*PingRes, error) {
@@ -362,8 +362,9 @@ func (s *Server) Serve(l *Listener) error {
 	case s.invalid != nil:
 		return s.invalid
 	}
-	defer l.Close()
-	if !s.addListener(l) {
+	closeListener := sync.OnceValue(l.Close)
+	defer closeListener()
+	if !s.addListener(l, closeListener) {
 		return ErrClosed
 	}
 	defer s.removeListener(l)
@@ -371,13 +372,13 @@ func (s *Server) Serve(l *Listener) error {
 	return s.accept(l)
 }
 
-func (s *Server) addListener(l *Listener) bool {
+func (s *Server) addListener(l *Listener, closeListener func() error) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.state != stateOpen {
 		return false
 	}
-	s.listeners[l] = struct{}{}
+	s.listeners[l] = closeListener
 	return true
 }
 
@@ -832,12 +833,12 @@ func (conn *serverConn) runCall(ctx context.Context, m *callMethod, body, out []
 	if conn.s.config.Intercept != nil && m.name != methodPing {
 		handle = conn.interceptCall
 	}
+	if m.name != methodPing {
+		defer conn.s.releasePlace()
+	}
 	out, err := handle(ctx, m, body, out)
 	if err != nil {
 		conn.s.stats.callsFailed.Add(1)
-	}
-	if m.name != methodPing {
-		conn.s.releasePlace()
 	}
 	return out, err
 }
@@ -975,8 +976,8 @@ func (s *Server) Shutdown(ctx context.Context) error {
 func (s *Server) closeListeners() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for l := range s.listeners {
-		l.Close()
+	for _, closeListener := range s.listeners {
+		closeListener()
 	}
 }
 
