@@ -173,7 +173,7 @@ type Server struct {
 	mu         sync.Mutex
 	state      serverState
 	listeners  map[*Listener]func() error // to close each, once
-	handshakes []*handshake // in the order of their arrival
+	handshakes []*handshake               // in the order of their arrival
 	conns      map[*serverConn]struct{}
 	perClient  map[string]int
 	lingering  int           // connections that were refused and are not closed yet
