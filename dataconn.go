@@ -119,30 +119,22 @@ func (s *streamReader) consumed(n int) {
 	s.total += uint64(n)
 }
 
-// WriteTo writes the rest of the stream to w, from the buffer that it was read into.
+// WriteTo writes the rest of the stream to w, from the buffer that it was read into, or without one if w is a file.
 func (s *streamReader) WriteTo(w io.Writer) (written int64, err error) {
+	write := func() (int, error) { return s.writeBuffered(w) }
+	if f, ok := w.(*os.File); ok && s.c.startSplice() {
+		defer s.c.stopSplice()
+		write = func() (int, error) { return s.writeFile(f) }
+	}
 	for s.err == nil {
 		if s.left == 0 {
 			if s.err = s.advance(); s.err != nil {
 				break
 			}
 		}
-		if err := s.c.fill(1); err != nil {
-			s.err = s.readFailed(noEOF(err))
-			break
-		}
-		b := s.c.buffered()
-		b = b[:min(len(b), s.left)]
-		n, err := w.Write(b)
-		if n < 0 || n > len(b) {
-			return written, errors.New("rpc: the sink returned an impossible count from Write")
-		}
-		s.c.r += n
+		n, err := write()
 		s.consumed(n)
 		written += int64(n)
-		if err == nil && n < len(b) {
-			err = io.ErrShortWrite
-		}
 		if err != nil {
 			return written, err
 		}
@@ -151,6 +143,37 @@ func (s *streamReader) WriteTo(w io.Writer) (written int64, err error) {
 		return written, nil
 	}
 	return written, s.err
+}
+
+// writeBuffered writes some of the data frame at hand to w. Its error is that of w; s.err is that of the stream.
+func (s *streamReader) writeBuffered(w io.Writer) (int, error) {
+	if err := s.c.fill(1); err != nil {
+		s.err = s.readFailed(noEOF(err))
+		return 0, nil
+	}
+	b := s.c.buffered()
+	b = b[:min(len(b), s.left)]
+	n, err := w.Write(b)
+	switch {
+	case n < 0 || n > len(b):
+		return 0, errors.New("rpc: the sink returned an impossible count from Write")
+	case err == nil && n < len(b):
+		err = io.ErrShortWrite
+	}
+	s.c.r += n
+	return n, err
+}
+
+// writeFile is writeBuffered for a file.
+func (s *streamReader) writeFile(f *os.File) (int, error) {
+	if len(s.c.buffered()) > 0 {
+		return s.writeBuffered(f)
+	}
+	n, sinkErr, err := s.c.spliceTo(f, s.left)
+	if err != nil {
+		s.err = s.readFailed(err)
+	}
+	return n, sinkErr
 }
 
 // advance reads frames up to the next that carries data, and returns how the stream ended if none does.

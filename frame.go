@@ -88,6 +88,7 @@ type frameConn struct {
 	r, w    int // buf[r:w] is read but not consumed
 	readErr error
 	name    []byte // of the latest request
+	splice  spliceState
 
 	answered  chan struct{} // of a server: closed when its answer is written; nil for a client
 	writing   chan struct{} // the write lock, a channel so that waiting for it can be given up
@@ -430,6 +431,9 @@ func (c *frameConn) readSome(p []byte) (int, error) {
 		return 0, c.ended()
 	case errors.Is(err, os.ErrDeadlineExceeded) && c.isInterrupted():
 		return 0, errInterrupted
+	case errors.Is(err, os.ErrDeadlineExceeded) && c.splice.on:
+		c.armSplice(time.Now()) // it was for spliceTo; the pulse watches here
+		return 0, nil
 	}
 	return 0, err
 }
@@ -445,7 +449,11 @@ func (c *frameConn) fill(n int) error {
 		c.r = 0
 	}
 	for c.w < n {
-		m, err := c.readSome(c.buf[c.w:])
+		most := len(c.buf)
+		if c.splice.on {
+			most = n // what follows is not for this buffer
+		}
+		m, err := c.readSome(c.buf[c.w:most])
 		if err == io.EOF && c.w > 0 {
 			err = io.ErrUnexpectedEOF
 		}
@@ -968,4 +976,66 @@ func checkBody(size, limit int) error {
 	}
 	return &Error{Code: ResourceExhausted, Message: "a message of " + strconv.Itoa(size) +
 		" bytes is too large: the peer accepts " + strconv.Itoa(limit)}
+}
+
+// spliceState is that of a connection whose payloads go to a file without passing through this process. Reads then have
+// a deadline that is far shorter than the peer may be silent, because nothing is heard of them before they return.
+type spliceState struct {
+	on    bool
+	armed time.Time
+	quiet int // deadlines in a row before which nothing came
+}
+
+// startSplice tells whether payloads can go from the connection to a file directly, and prepares for it.
+func (c *frameConn) startSplice() bool {
+	_, tcp := c.nc.(*net.TCPConn)
+	c.splice = spliceState{on: tcp && runtime.GOOS == "linux"}
+	return c.splice.on
+}
+
+func (c *frameConn) stopSplice() {
+	c.splice.on = false
+	c.setReadDeadline(time.Time{})
+}
+
+func (c *frameConn) armSplice(now time.Time) {
+	c.splice.armed = now
+	c.setReadDeadline(now.Add(c.theirs.heartbeat / watchesPerInterval))
+}
+
+// spliceTo moves up to n bytes of a payload to f. sinkErr is an error of f, err one of the connection.
+func (c *frameConn) spliceTo(f *os.File, n int) (moved int, sinkErr, err error) {
+	if now := time.Now(); now.Sub(c.splice.armed) > c.theirs.heartbeat/watchesPerInterval/2 {
+		c.armSplice(now)
+	}
+	m, err := f.ReadFrom(&io.LimitedReader{R: c.nc, N: int64(n)})
+	c.read.Add(uint64(m))
+	c.stats.read.Add(uint64(m))
+	switch {
+	case c.ended() != nil:
+		return int(m), nil, c.ended()
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return int(m), nil, c.spliceLate(m > 0)
+	case err == nil && int(m) < n:
+		return int(m), nil, io.ErrUnexpectedEOF
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.ETIMEDOUT), errors.Is(err, syscall.EHOSTUNREACH):
+		return int(m), nil, err
+	}
+	c.splice.quiet = 0
+	return int(m), err, nil
+}
+
+// spliceLate is called when a deadline has passed, which may be because f was slow: then some bytes were moved.
+func (c *frameConn) spliceLate(moved bool) error {
+	if c.isInterrupted() {
+		return errInterrupted
+	}
+	if c.splice.quiet++; moved {
+		c.splice.quiet = 0
+	}
+	if c.splice.quiet > patience*watchesPerInterval {
+		return c.fail(&lostError{what: "connection lost", cause: ErrPeerTimeout})
+	}
+	c.armSplice(time.Now())
+	return nil
 }
