@@ -18,6 +18,10 @@ const (
 	defaultIdleTimeout      = time.Minute
 	defaultMaxIdleDataConns = 4
 
+	// watchDelay is how long a data connection is idle before somebody watches it: streams that follow each other closely
+	// are spared that.
+	watchDelay = 5 * time.Millisecond
+
 	// Waits between attempts to connect: short enough not to be noticed, long enough not to load a server that is in
 	// trouble.
 	minBackoff = 100 * time.Millisecond
@@ -118,7 +122,11 @@ func (c *Client) Close() error {
 		control.c.close()
 	}
 	for _, d := range idle {
+		d.watchTimer.Stop()
 		d.c.close()
+		if d.watched == nil {
+			c.forget(d.c)
+		}
 	}
 	for fc := range conns {
 		fc.fail(ErrClosed)
@@ -652,16 +660,17 @@ func (c *Client) dataConn(ctx context.Context) (*dataClient, error) {
 		}
 		d := c.idle[last]
 		c.idle = c.idle[:last]
+		watched := d.watched
+		d.watched = nil
 		c.mu.Unlock()
-		d.c.interrupt()
-		if <-d.watched; d.c.ended() == nil {
-			d.c.resume()
-			if d.c.nothingWaits() {
-				return d, nil
-			}
-			d.c.close()
-			c.forget(d.c)
+		if watched != nil && !d.stopWatch(watched) {
+			continue // the watcher has forgotten it
 		}
+		if d.watchTimer.Stop(); d.c.nothingWaits() {
+			return d, nil
+		}
+		d.c.close()
+		c.forget(d.c)
 	}
 }
 
@@ -697,24 +706,36 @@ func (c *Client) settle(d *dataClient) {
 		return
 	}
 	defer c.mu.Unlock()
-	watched := make(chan struct{})
-	d.watched = watched
 	c.idle = append(c.idle, d)
-	c.goroutines.Go(func() { c.watch(d, watched) }) // ends when the connection is used again or ends; Close waits for it
+	d.idleSince = time.Now()
+	if d.watchTimer == nil {
+		d.watchTimer = time.AfterFunc(watchDelay, func() { c.startWatch(d) })
+	} else {
+		d.watchTimer.Reset(watchDelay)
+	}
+}
+
+// startWatch begins to watch a data connection, if it is still idle. The timer calls it.
+func (c *Client) startWatch(d *dataClient) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.closed && d.watched == nil && slices.Contains(c.idle, d) {
+		watched := make(chan struct{})
+		d.watched = watched
+		c.goroutines.Go(func() { c.watch(d, watched) }) // ends when the connection is used again or ends; Close waits for it
+	}
 }
 
 // watch keeps an idle data connection until it is used again, ends, or has been idle for too long.
 func (c *Client) watch(d *dataClient, watched chan<- struct{}) {
-	keep := d.watchIdle(c.config.IdleTimeout)
-	if keep {
-		close(watched)
+	defer close(watched)
+	if d.watchIdle(c.config.IdleTimeout) {
 		return
 	}
 	c.mu.Lock()
 	c.idle = slices.DeleteFunc(c.idle, func(other *dataClient) bool { return other == d })
 	c.mu.Unlock()
 	d.c.close()
-	close(watched)
 	c.forget(d.c)
 }
 

@@ -288,8 +288,12 @@ type dataClient struct {
 	requests   uint64       // that were sent
 	goaway     bool         // the server takes no further request
 
-	spawn   func(func())  // runs a function in a goroutine
-	watched chan struct{} // closed when the watcher of the idle connection has returned
+	spawn func(func()) // runs a function in a goroutine
+
+	// While idle, guarded by the client's mu.
+	idleSince  time.Time
+	watchTimer *time.Timer   // starts the watcher
+	watched    chan struct{} // closed when the watcher has returned; nil if there is none
 }
 
 // begin sends a request. Its result is that of the request if that could not be sent.
@@ -395,9 +399,20 @@ func (d *dataClient) rest() {
 // watchIdle returns when the idle connection ended, said anything but heartbeats, was idle for too long, or was
 // interrupted. It tells whether it can be used again.
 func (d *dataClient) watchIdle(timeout time.Duration) bool {
-	d.c.setReadDeadline(time.Now().Add(timeout))
+	d.c.setReadDeadline(d.idleSince.Add(timeout))
 	_, err := d.c.next()
-	return err == errInterrupted && len(d.c.buffered()) == 0
+	return err == errInterrupted
+}
+
+// stopWatch ends the watch and tells whether it has left the connection alive.
+func (d *dataClient) stopWatch(watched <-chan struct{}) bool {
+	d.c.interrupt()
+	<-watched
+	if d.c.ended() != nil {
+		return false
+	}
+	d.c.resume()
+	return true
 }
 
 // upload sends r and returns the result. closer closes r; ctx's end must close both r and the connection.

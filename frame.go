@@ -73,12 +73,14 @@ var errInterrupted = errors.New("rpc: interrupted")
 // frameConn sends and receives frames over a connection and watches over its life. One goroutine at a time reads;
 // any may write. The first cause of its end is the one that everybody gets.
 type frameConn struct {
-	nc      net.Conn
-	peer    string // the address of the other end
-	stats   *counters
-	ours    promises
-	raw     interface{ bytesRead() uint64 } // counts bytes below TLS, whose records come late; may be nil
-	started time.Time                       // what times below are relative to
+	nc        net.Conn
+	peer      string // the address of the other end
+	stats     *counters
+	ours      promises
+	raw       interface{ bytesRead() uint64 } // counts bytes below TLS, whose records come late; may be nil
+	socket    syscall.RawConn                 // beneath nc, nil if there is none
+	encrypted bool                            // there is TLS between nc and socket
+	started   time.Time                       // what times below are relative to
 
 	// theirs are the peer's promises: set once, by the reader, before it reads a frame.
 	theirs promises
@@ -123,6 +125,7 @@ func newFrameConn(nc net.Conn, ours promises, stats *counters) *frameConn {
 		buf: make([]byte, smallBuffer), writing: make(chan struct{}, 1), done: make(chan struct{}),
 	}
 	c.raw, _ = nc.(interface{ bytesRead() uint64 })
+	c.findSocket()
 	return c
 }
 
@@ -875,12 +878,20 @@ func whenDone(ctx context.Context, f func()) (release func() (called bool)) {
 
 // nothingWaits tells whether nothing but heartbeats has come on a connection that nobody reads, without waiting for it.
 func (c *frameConn) nothingWaits() bool {
+	if !c.onlyHeartbeats() {
+		return false
+	}
 	n, err := c.readWaiting()
 	if err != nil && !isTimeout(err) || n == 0 && err == nil {
 		return false // it has ended
 	}
 	c.w += max(n, 0)
-	for c.r < c.w && c.w-c.r >= headerSize && frameType(c.buf[c.r]) == frameHeartbeat {
+	return c.onlyHeartbeats()
+}
+
+// onlyHeartbeats empties the buffer, unless there is something else than whole heartbeats in it.
+func (c *frameConn) onlyHeartbeats() bool {
+	for c.w-c.r >= headerSize && frameType(c.buf[c.r]) == frameHeartbeat {
 		if c.skipHeartbeat() != nil {
 			return false
 		}
@@ -892,33 +903,35 @@ func (c *frameConn) nothingWaits() bool {
 // connections are given a moment.
 func (c *frameConn) readWaiting() (n int, err error) {
 	c.r, c.w = 0, 0
-	nc := c.nc
-	under, tls := nc.(interface{ NetConn() net.Conn })
-	if tls {
-		nc = under.NetConn()
-	}
-	socket, ok := nc.(syscall.Conn)
-	if !ok || runtime.GOOS == "windows" { // whose sockets cannot be read like files
+	if c.socket == nil {
 		c.setReadDeadline(time.Now().Add(time.Millisecond))
 		defer c.setReadDeadline(time.Time{})
 		return c.readSome(c.buf)
 	}
-	raw, err := socket.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	rawErr := raw.Read(func(fd uintptr) bool {
+	rawErr := c.socket.Read(func(fd uintptr) bool {
 		n, err = readDescriptor(syscall.Read, fd, c.buf)
 		return true
 	})
 	if rawErr != nil {
 		err = rawErr
 	}
-	if tls && n > 0 {
+	if c.encrypted && n > 0 {
 		return 0, nil // ciphertext: whatever it is, it is lost
 	}
 	c.stats.read.Add(uint64(max(n, 0)))
 	return n, err
+}
+
+// findSocket finds the socket beneath a connection, if there is one that can be read like a file.
+func (c *frameConn) findSocket() {
+	nc := c.nc
+	under, ok := nc.(interface{ NetConn() net.Conn })
+	if ok {
+		nc, c.encrypted = under.NetConn(), true
+	}
+	if socket, ok := nc.(syscall.Conn); ok && runtime.GOOS != "windows" {
+		c.socket, _ = socket.SyscallConn()
+	}
 }
 
 // readDescriptor calls syscall.Read, whose descriptor is of another type on Windows.

@@ -63,33 +63,33 @@ import (
 //	func (m *text) AppendBinary(b []byte) ([]byte, error) { return append(b, *m...), nil }
 //	func (m *text) UnmarshalBinary(b []byte) error        { *m = text(b); return nil }
 func Example() {
-	server := rpc.NewServer(nil, rpc.ServerConfig{})
-	rpc.HandleDownload(server, "poem", func(ctx context.Context, req *text) (*text, io.ReadCloser, error) {
-		poem := strings.NewReader("So much depends upon " + string(*req) + ".\n")
-		return textOf("for " + rpc.ClientIdentity(ctx)), io.NopCloser(poem), nil
-	})
-	listener, err := rpc.ListenTCP("127.0.0.1:0", map[string]string{"127.0.0.1": "reader"})
+	// The server: who may connect, and what is served.
+	l, err := rpc.ListenTCP("127.0.0.1:0", map[string]string{"127.0.0.1": "db7"})
 	if err != nil {
 		log.Fatal(err)
 	}
-	go server.Serve(listener)
-	defer server.Close()
+	s := rpc.NewServer(nil, rpc.ServerConfig{})
+	rpc.HandleDownload(s, "backup", func(ctx context.Context, req *rpc.SendReq) (*rpc.SendRes, io.ReadCloser, error) {
+		data := strings.NewReader(req.Filesystem + ", for " + rpc.ClientIdentity(ctx))
+		return &rpc.SendRes{ExpectedSize: uint64(data.Len())}, io.NopCloser(data), nil
+	})
+	go s.Serve(l)
+	defer s.Close()
 
-	client := rpc.NewClient(&rpc.TCPConnecter{Addr: listener.Addr().String()}, rpc.ClientConfig{})
-	defer client.Close()
-	var res text
-	stream, err := client.Download(context.Background(), "poem", textOf("a red wheel barrow"), &res)
+	// The client, in another process.
+	c := rpc.NewClient(&rpc.TCPConnecter{Addr: l.Addr().String()}, rpc.ClientConfig{})
+	defer c.Close()
+	var res rpc.SendRes
+	stream, err := c.Download(context.Background(), "backup", &rpc.SendReq{Filesystem: "tank/home"}, &res)
 	if err != nil {
-		log.Fatal(err)
+		log.Fatal(err) // says who refused what, and whether the handler ran
 	}
 	defer stream.Close()
-	fmt.Println(res)
-	if _, err := io.Copy(os.Stdout, stream); err != nil { // nil means that the stream is complete
-		log.Fatal(err)
+	if _, err = io.Copy(os.Stdout, stream); err != nil {
+		log.Fatal(err) // nil means that all of it has arrived
 	}
 	// Output:
-	// for reader
-	// So much depends upon a red wheel barrow.
+	// tank/home, for db7
 }
 
 // A server with TLS that logs, limits and measures, and stops without breaking off what is running.
@@ -898,6 +898,21 @@ func TestTheSessionInThePackageDocIsReal(t *testing.T) {
 	defer conn.Close()
 	say(t, conn, said["C"])
 	expect(t, conn, said["S"])
+}
+
+// TestTheCodeInTheREADMEIsExample keeps the README's program one that compiles and runs.
+func TestTheCodeInTheREADMEIsExample(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	check(t, err)
+	_, rest, _ := strings.Cut(string(readme), "```go\n")
+	code, _, found := strings.Cut(rest, "```\n")
+	source, err := os.ReadFile("rpc_test.go")
+	check(t, err)
+	_, example, _ := strings.Cut(string(source), "func Example() {\n")
+	example, _, _ = strings.Cut(example, "\t// Output:")
+	if example = strings.ReplaceAll("\n"+example, "\n\t", "\n")[1:]; !found || code != example {
+		t.Errorf("README has\n%s\nExample is\n%s", code, example)
+	}
 }
 
 // docBytes reads strings in quotes, hex digits, and hex digits with a repeat count, up to the remark behind two spaces.
