@@ -559,7 +559,7 @@ func (cc *controlClient) cancel(why error, id uint64, call *pendingCall) result 
 		<-call.done
 		return call.result
 	}
-	_, mustFlush := cc.q.append(appendUint64Frame(nil, frameCancel, id))
+	_, mustFlush := cc.q.append(uint64Frame(frameCancel, id))
 	cc.flushLocked(mustFlush)
 	cc.mu.Unlock()
 	return result{err: why}
@@ -794,7 +794,7 @@ func (s *controlServer) drain() {
 		return
 	}
 	s.draining = true
-	_, mustFlush := s.q.append(appendUint64Frame(nil, frameGoaway, s.lastID))
+	_, mustFlush := s.q.append(uint64Frame(frameGoaway, s.lastID))
 	if len(s.running) == 0 {
 		mustFlush = s.q.finish() || mustFlush
 	}

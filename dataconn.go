@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -26,16 +27,15 @@ const (
 )
 
 var (
-	chunkBuffers  = sync.Pool{New: func() any { b := make([]byte, headerSize+chunkSize); return &b }}
-	streamBuffers = sync.Pool{New: func() any { b := make([]byte, streamBuffer); return &b }}
+	chunkBuffers  = sync.Pool{New: func() any { return new([headerSize + chunkSize]byte) }}
+	streamBuffers = sync.Pool{New: func() any { return new([streamBuffer]byte) }}
 )
 
 // sendStream sends what src has as data frames. readErr is the error that ended the source, nil for io.EOF; writeErr
 // is one of the connection.
 func (c *frameConn) sendStream(src io.Reader) (total uint64, readErr, writeErr error) {
-	buf := chunkBuffers.Get().(*[]byte)
-	defer chunkBuffers.Put(buf)
-	b := *buf
+	b := chunkBuffers.Get().(*[headerSize + chunkSize]byte)
+	defer chunkBuffers.Put(b)
 	for empty := 0; ; {
 		n, err := src.Read(b[headerSize:])
 		if n < 0 || n > chunkSize {
@@ -247,30 +247,31 @@ func (s *streamReader) readFailed(err error) error {
 	return s.c.lost(err)
 }
 
-// appendOutcome appends a result, or a fail, whose code and body or text are those of err or body.
-func appendOutcome(b []byte, kind frameType, body []byte, err error) []byte {
-	start := len(b)
-	b = appendHeader(b, kind, 0)
+// outcomeFrame returns a result or a fail: with the code and the text of err, or with a body.
+func outcomeFrame(kind frameType, body []byte, err error) []byte {
+	b := appendHeader(make([]byte, 0, headerSize+1+len(body)), kind, 0)
 	if err != nil {
 		b = appendError(b, err)
 	} else {
 		b = append(append(b, byte(OK)), body...)
 	}
-	return finishFrame(b, start)
+	return finishFrame(b, 0)
 }
 
 // grow gives the connection a large read buffer for the time of a stream.
 func (c *frameConn) grow() {
-	if len(c.buf) == smallBuffer {
-		c.swapBuffer(*streamBuffers.Get().(*[]byte))
+	if c.small == nil {
+		c.small = c.buf
+		c.swapBuffer(streamBuffers.Get().(*[streamBuffer]byte)[:])
 	}
 }
 
 // shrink takes it away again, unless it holds more than fits a small one.
 func (c *frameConn) shrink() {
-	if large := c.buf; len(large) == streamBuffer && c.w-c.r <= smallBuffer {
-		c.swapBuffer(make([]byte, smallBuffer))
-		streamBuffers.Put(&large)
+	if large := c.buf; c.small != nil && c.w-c.r <= smallBuffer {
+		c.swapBuffer(c.small)
+		c.small = nil
+		streamBuffers.Put((*[streamBuffer]byte)(large))
 	}
 }
 
@@ -307,7 +308,8 @@ func (d *dataClient) begin(kind frameType, timeout time.Duration, endpoint strin
 		}
 	}
 	start := len(d.preface)
-	b := appendHeader(d.preface, kind, 0)
+	b := slices.Grow(d.preface, headerSize+8+1+len(endpoint)+len(body))
+	b = appendHeader(b, kind, 0)
 	b = finishFrame(appendRequest(b, timeout, endpoint, body), start)
 	fresh := d.preface != nil
 	d.preface = nil
@@ -443,12 +445,12 @@ func (d *dataClient) upload(r io.Reader, closer *sourceCloser) (res result, sour
 	returned = true
 	if readErr != nil && d.c.ended() == nil {
 		complete.Store(true)
-		if d.c.write(appendOutcome(nil, frameFail, nil, readErr)) == nil {
+		if d.c.write(outcomeFrame(frameFail, nil, readErr)) == nil {
 			sourceErr = readErr
 		}
 	} else if readErr == nil && writeErr == nil {
 		complete.Store(true)
-		d.c.write(appendUint64Frame(nil, frameEnd, total))
+		d.c.write(uint64Frame(frameEnd, total))
 	}
 	<-listened
 	return res, sourceErr
@@ -648,7 +650,7 @@ func (d *dataServer) end(err error) error {
 	case d.spent:
 		d.c.linger(nil)
 	default:
-		d.c.linger(appendUint64Frame(nil, frameGoaway, d.served))
+		d.c.linger(uint64Frame(frameGoaway, d.served))
 	}
 	return d.c.fail(errPolite)
 }
@@ -729,6 +731,7 @@ func (d *dataServer) work(s *serverStream, q request) {
 	if err == nil {
 		err = s.run(f, q.body)
 	}
+	recycleBody(q.body)
 	returned = true
 	last, reusable := s.lastFrame(err)
 	d.mu.Lock()
@@ -784,16 +787,16 @@ func (s *serverStream) run(f streamFunc, body []byte) error {
 func (s *serverStream) lastFrame(err error) (frame []byte, reusable bool) {
 	switch {
 	case s.kind == frameUpload:
-		return appendOutcome(nil, frameResult, s.result, err), err == nil
+		return outcomeFrame(frameResult, s.result, err), err == nil
 	case !s.begun && err == nil:
 		err = &Error{Code: Internal, Message: "the handler returned nothing"}
 		fallthrough
 	case !s.begun:
-		return appendOutcome(nil, frameResult, nil, err), true
+		return outcomeFrame(frameResult, nil, err), true
 	case err != nil:
-		return appendOutcome(nil, frameFail, nil, err), true
+		return outcomeFrame(frameFail, nil, err), true
 	}
-	return appendUint64Frame(nil, frameEnd, s.total), true
+	return uint64Frame(frameEnd, s.total), true
 }
 
 // send sends the result of a download, then the stream, and closes that on every path. A nil stream is an empty one.
@@ -833,7 +836,7 @@ func (s *serverStream) sendResult(body []byte) error {
 		return err
 	}
 	s.begun = true
-	return s.c.write(appendOutcome(nil, frameResult, body, nil))
+	return s.c.write(outcomeFrame(frameResult, body, nil))
 }
 
 // uploadBody is the stream of an upload, as its handler has it.

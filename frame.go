@@ -87,7 +87,8 @@ type frameConn struct {
 
 	// Owned by the reader.
 	buf     []byte
-	r, w    int // buf[r:w] is read but not consumed
+	small   []byte // the small one while buf is a large one
+	r, w    int    // buf[r:w] is read but not consumed
 	readErr error
 	name    []byte // of the latest request
 	splice  spliceState
@@ -733,8 +734,9 @@ func finishFrame(b []byte, start int) []byte {
 	return b
 }
 
-// appendUint64Frame appends a frame whose payload is one number.
-func appendUint64Frame(b []byte, kind frameType, n uint64) []byte {
+// uint64Frame returns a frame whose payload is one number.
+func uint64Frame(kind frameType, n uint64) []byte {
+	b := make([]byte, 0, headerSize+8)
 	return binary.BigEndian.AppendUint64(appendHeader(b, kind, 8), n)
 }
 
@@ -862,6 +864,9 @@ func callContext(ctx context.Context, timeout time.Duration) (context.Context, c
 // whenDone calls f in a goroutine of its own when ctx ends. release undoes that; when f has been called it waits
 // for it to return, and tells so.
 func whenDone(ctx context.Context, f func()) (release func() (called bool)) {
+	if ctx.Done() == nil {
+		return func() bool { return false }
+	}
 	ran := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(ran)
@@ -882,7 +887,7 @@ func (c *frameConn) nothingWaits() bool {
 		return false
 	}
 	n, err := c.readWaiting()
-	if err != nil && !isTimeout(err) || n == 0 && err == nil {
+	if err != nil && err != syscall.EAGAIN && !isTimeout(err) || n == 0 && err == nil {
 		return false // it has ended
 	}
 	c.w += max(n, 0)
