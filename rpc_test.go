@@ -7589,3 +7589,101 @@ func fuzzGolden(f *testing.F, side byte, change func(string) string) {
 		fuzzAdd(f, change(session))
 	}
 }
+
+// ---- Streams into files -------------------------------------------------------------------------------------------
+
+// TestAStreamIntoAFileNoticesASilentPeer: what goes from the socket to a file past this process is watched, too.
+func TestAStreamIntoAFileNoticesASilentPeer(t *testing.T) {
+	noLeak(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	defer l.Close()
+	go func() {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		io.WriteString(conn, "ZREPL-RPC 1 ok hb=10 max=65536\n"+frame(tResult, 0)+frame(tData, strings.Repeat("x", 100))[:50])
+		io.Copy(io.Discard, conn) // until the client gives up
+	}()
+	c := rpc.NewClient(&rpc.TCPConnecter{Addr: l.Addr().String()}, rpc.ClientConfig{})
+	defer c.Close()
+	stream, err := c.Download(t.Context(), "get", nil, nil)
+	check(t, err)
+	defer stream.Close()
+	f, err := os.Create(filepath.Join(t.TempDir(), "sink"))
+	check(t, err)
+	defer f.Close()
+	n, err := io.Copy(f, stream)
+	if n != 42 || !errors.Is(err, rpc.ErrPeerTimeout) {
+		t.Errorf("%d bytes, %v; want the 42 that came, and ErrPeerTimeout", n, err)
+	}
+}
+
+// TestAStreamIntoAPipeMayStall: a pipe that nobody reads for twenty timeouts is no dead peer.
+func TestAStreamIntoAPipeMayStall(t *testing.T) {
+	noLeak(t)
+	const size = 4 << 20
+	l, err := rpc.ListenTCP("127.0.0.1:0", map[string]string{"127.0.0.1": "tester"})
+	check(t, err)
+	s := rpc.NewServer(nil, rpc.ServerConfig{HeartbeatInterval: 10 * time.Millisecond})
+	rpc.HandleDownload(s, "get", func(context.Context, *text) (*text, io.ReadCloser, error) {
+		return new(text), io.NopCloser(strings.NewReader(strings.Repeat("x", size))), nil
+	})
+	rpc.HandleUpload(s, "put", func(_ context.Context, _ *text, r io.Reader) (*text, error) {
+		return new(text), stallingPipe(size, func(w *os.File) (int64, error) { return io.Copy(w, r) })
+	})
+	serve(t, s, l)
+	c := rpc.NewClient(&rpc.TCPConnecter{Addr: l.Addr().String()}, rpc.ClientConfig{HeartbeatInterval: 10 * time.Millisecond})
+	defer c.Close()
+	stream, err := c.Download(t.Context(), "get", nil, nil)
+	check(t, err)
+	check(t, stallingPipe(size, func(w *os.File) (int64, error) { return io.Copy(w, stream) }))
+	check(t, c.Upload(t.Context(), "put", nil, strings.NewReader(strings.Repeat("x", size)), nil))
+}
+
+// stallingPipe runs write with a pipe whose reader begins only after twenty timeouts, and wants size bytes.
+func stallingPipe(size int64, write func(w *os.File) (int64, error)) error {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	read := make(chan int64)
+	go func() {
+		<-time.After(20 * 30 * time.Millisecond)
+		n, _ := io.Copy(io.Discard, r)
+		read <- n
+	}()
+	n, err := write(w)
+	w.Close()
+	if got := <-read; err == nil && (n != size || got != size) {
+		err = fmt.Errorf("%d bytes written, %d read", n, got)
+	}
+	return err
+}
+
+// TestAHandlerThatEndsItsGoroutineIsAnError: runtime.Goexit is what testing's FailNow does.
+func TestAHandlerThatEndsItsGoroutineIsAnError(t *testing.T) {
+	overTransports(t, func(s *rpc.Server) {
+		exit := func() { runtime.Goexit() }
+		rpc.HandleCall(s, "exit", func(context.Context, *text) (*text, error) { exit(); return nil, nil })
+		rpc.HandleDownload(s, "exit", func(context.Context, *text) (*text, io.ReadCloser, error) { exit(); return nil, nil, nil })
+		rpc.HandleUpload(s, "exit", func(context.Context, *text, io.Reader) (*text, error) { exit(); return nil, nil })
+	}, func(t *testing.T, c *rpc.Client) {
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		for range 3 {
+			if err := c.Call(ctx, "exit", nil, nil); rpc.CodeOf(err) != rpc.Internal {
+				t.Errorf("call: %v", err)
+			}
+			if _, err := c.Download(ctx, "exit", nil, nil); rpc.CodeOf(err) != rpc.Unavailable {
+				t.Errorf("download: %v", err)
+			}
+			if err := c.Upload(ctx, "exit", nil, strings.NewReader("data"), nil); rpc.CodeOf(err) != rpc.Unavailable {
+				t.Errorf("upload: %v", err)
+			}
+		}
+	})
+}
