@@ -755,10 +755,11 @@ func appendError(b []byte, err error) []byte {
 // wireText is the text of an error as it goes onto the wire.
 func wireText(err error) string {
 	text := ""
-	if e, ok := err.(*Error); ok {
+	var e *Error
+	if errors.As(err, &e) && err == error(e) {
 		text = e.Message
-	} else {
-		text = err.Error()
+	} else if text = err.Error(); e != nil { // whose code goes by itself
+		text = strings.Replace(text, e.Error(), e.Message, 1)
 	}
 	text = strings.ToValidUTF8(text, "\uFFFD")
 	if len(text) <= maxErrorText {

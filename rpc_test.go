@@ -7687,3 +7687,39 @@ func TestAHandlerThatEndsItsGoroutineIsAnError(t *testing.T) {
 		}
 	})
 }
+
+// TestAWrappedErrorCrossesTheWireOnce: its code goes by itself, so its text does not name it again.
+func TestAWrappedErrorCrossesTheWireOnce(t *testing.T) {
+	overTransports(t, func(s *rpc.Server) {
+		rpc.HandleCall(s, "fail", func(context.Context, *text) (*text, error) {
+			return nil, fmt.Errorf("listing: %w", rpc.Errorf(rpc.NotFound, "no pool"))
+		})
+	}, func(t *testing.T, c *rpc.Client) {
+		var remote *rpc.Error
+		err := c.Call(t.Context(), "fail", nil, nil)
+		if !errors.As(err, &remote) || *remote != (rpc.Error{Code: rpc.NotFound, Message: "listing: no pool"}) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// TestAnEarlyErrorOfAFastUploadArrives: the client still sends at full speed when the handler gives up.
+func TestAnEarlyErrorOfAFastUploadArrives(t *testing.T) {
+	overTransports(t, func(s *rpc.Server) {
+		rpc.HandleUpload(s, "full", func(_ context.Context, _ *text, r io.Reader) (*text, error) {
+			_, err := io.CopyN(io.Discard, r, 1<<20)
+			return nil, errors.Join(err, rpc.Errorf(rpc.ResourceExhausted, "no space left"))
+		})
+	}, func(t *testing.T, c *rpc.Client) {
+		for range 20 {
+			endless := readerFunc(func(p []byte) (int, error) { return len(p), nil })
+			if err := c.Upload(t.Context(), "full", nil, endless, nil); rpc.CodeOf(err) != rpc.ResourceExhausted {
+				t.Fatalf("got %v", err)
+			}
+		}
+	})
+}
+
+type readerFunc func(p []byte) (int, error)
+
+func (r readerFunc) Read(p []byte) (int, error) { return r(p) }

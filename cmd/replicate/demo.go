@@ -4,18 +4,15 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"example.org/rpc"
@@ -80,7 +77,7 @@ func (d *demo) openSource(ctx context.Context, dir string) error {
 	if dir == "" {
 		begun := time.Now()
 		dir = d.path("source")
-		if err := makeSource(ctx, dir); err != nil {
+		if err := makeSource(ctx, dir, demoBytes); err != nil {
 			return err
 		}
 		d.say("made %s in %d filesystems with %d versions each, in %s", size(demoBytes), demoFilesystems, demoVersions, short(time.Since(begun)))
@@ -96,13 +93,13 @@ const (
 	demoVersions    = 3
 )
 
-// makeSource makes demoBytes of files: the same ones every time, each of another length.
-func makeSource(ctx context.Context, dir string) error {
+// makeSource makes so many bytes of files: the same ones every time, each of another length.
+func makeSource(ctx context.Context, dir string, size int64) error {
 	midnight := time.Now().Truncate(24 * time.Hour)
-	left := int64(demoBytes)
+	left := size
 	const files = demoFilesystems * demoVersions
 	for i := range files {
-		length := int64(demoBytes/files) + int64(i-files/2)<<20 + int64(i)
+		length := size/files + int64(i-files/2)*(size/256) + int64(i)
 		if i == files-1 {
 			length = left
 		}
@@ -272,8 +269,8 @@ func (d *demo) run(ctx context.Context, r *replication, did string, versions int
 	if ctx.Err() != nil {
 		return errInterrupted
 	}
-	if err != nil {
-		return fmt.Errorf("%w\n%s", err, &broken)
+	if err != nil { // the failures were reported, but to broken
+		return fmt.Errorf("%v\n%s", err, &broken)
 	}
 	d.say("%s %s: %s in %s (%s)", did, count(versions, "version"), size(d.total), short(took), speed(d.total, took))
 	if broken.Len() > 0 {
@@ -385,68 +382,4 @@ func (p *passive) stop() {
 
 func (d *demo) connecter(addr string) (rpc.Connecter, error) {
 	return (&peerFlags{addr: addr, tls: d.path("tls"), name: demoClient, serverName: demoServer}).connecter()
-}
-
-// killer is a Connecter whose connections can be cut, as a broken cable would.
-type killer struct {
-	rpc.Connecter
-
-	mu    sync.Mutex
-	conns []net.Conn
-}
-
-func (k *killer) Connect(ctx context.Context) (net.Conn, error) {
-	conn, err := k.Connecter.Connect(ctx)
-	if err == nil {
-		k.mu.Lock()
-		defer k.mu.Unlock()
-		k.conns = append(k.conns, conn)
-	}
-	return conn, err
-}
-
-// kill closes the sockets below TLS, so that no end of anything is said to the other side.
-func (k *killer) kill() int {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	for _, conn := range k.conns {
-		if secured, ok := conn.(*tls.Conn); ok {
-			conn = secured.NetConn()
-		}
-		if socket, ok := conn.(*net.TCPConn); ok {
-			socket.SetLinger(0)
-		}
-		conn.Close()
-	}
-	return len(k.conns)
-}
-
-// tripwire is a source that does something, once, when so many bytes have been read from its streams.
-type tripwire struct {
-	Store
-	left  int64
-	trip  func()
-	spent atomic.Int64
-	once  sync.Once
-}
-
-func (w *tripwire) Send(ctx context.Context, req *rpc.SendReq) (*rpc.SendRes, io.ReadCloser, error) {
-	res, stream, err := w.Store.Send(ctx, req)
-	if err != nil {
-		return nil, nil, err
-	}
-	return res, &tripwireStream{stream, w}, nil
-}
-
-type tripwireStream struct {
-	io.ReadCloser
-	wire *tripwire
-}
-
-func (s *tripwireStream) Read(p []byte) (int, error) {
-	n, err := s.ReadCloser.Read(p)
-	if s.wire.spent.Add(int64(n)) > s.wire.left {
-		s.wire.once.Do(s.wire.trip)
-	}
-	return n, err
 }

@@ -106,3 +106,35 @@ func TestDemoNoticesADifferingByte(t *testing.T) {
 		t.Error("a missing version is not noticed")
 	}
 }
+
+func TestDemoMakesTheFilesThatItPromises(t *testing.T) {
+	const size = demoBytes / 64
+	dir := t.TempDir()
+	if err := makeSource(context.Background(), dir, size); err != nil {
+		t.Fatal(err)
+	}
+	s, err := openDirStore(dir, quiet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	var total int64
+	names := 0
+	for _, f := range filesystems(t, s) {
+		if f.IsPlaceholder {
+			t.Errorf("%s is empty", f.Path)
+		}
+		names++
+		if got := versions(t, s, f.Path); len(got) != demoVersions {
+			t.Errorf("%s has %d versions", f.Path, len(got))
+		} else if got[0].Name != "version-1" || got[2].Name != "version-3" {
+			t.Errorf("%s is in the order %v", f.Path, got)
+		}
+	}
+	for _, content := range tree(t, dir) {
+		total += int64(len(content))
+	}
+	if names != demoFilesystems || total != size {
+		t.Errorf("%d filesystems with %d bytes", names, total)
+	}
+}

@@ -1,9 +1,9 @@
 // Command replicate copies immutable snapshot files (database dumps, disk images, backup archives) between hosts, over
 // mutual TLS, and goes on where a broken transfer stopped.
 //
-// It is also the tour of package rpc: the passive side is in serve.go, the active side in peer.go and transfer.go. What
-// both of them work on is a [Store], and that is an rpc.Handler; an *rpc.Client has the methods of one too, so
-// replicating from here to there and from there to here is the same code.
+// It is also the tour of package rpc: the passive side is in serve.go and service.go, the active side in peer.go and
+// transfer.go. What both of them work on is a [Store], and that is an rpc.Handler; an *rpc.Client has the methods of one
+// too, so replicating from here to there and from there to here is the same code.
 package main
 
 import (
