@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"sync"
@@ -56,7 +57,7 @@ func (config ClientConfig) withDefaults() (ClientConfig, error) {
 	config.IdleTimeout = orDefault(config.IdleTimeout, defaultIdleTimeout)
 	config.MaxMessageSize = orDefault(config.MaxMessageSize, defaultMessageSize)
 	config.MaxIdleDataConns = orDefault(config.MaxIdleDataConns, defaultMaxIdleDataConns)
-	if config.Logger == nil {
+	if isNil(config.Logger) {
 		config.Logger = silent{}
 	}
 	return config, checkLimits(config.HandshakeTimeout, config.HeartbeatInterval, config.MaxMessageSize)
@@ -98,7 +99,7 @@ type controlDial struct {
 // arguments is the error of all that is done with it.
 func NewClient(connecter Connecter, config ClientConfig) *Client {
 	config, invalid := config.withDefaults()
-	if connecter == nil {
+	if isNil(connecter) {
 		invalid = errors.New("rpc: NewClient: the Connecter is nil")
 	}
 	// Connections outlive the calls that they were made for: their context begins here.
@@ -283,12 +284,7 @@ func (c *Client) download(ctx context.Context, endpoint string, req, res Message
 			c.settle(d)
 			continue
 		}
-		if err = op.outcome(ctx, r, res); err != nil {
-			if r.failed == nil && !r.notStarted {
-				d.c.fail(err) // also what cannot be decoded: the stream that follows is not wanted
-			}
-			release()
-			c.settle(d)
+		if err = c.downloadOutcome(ctx, op, d, r, res, release); err != nil {
 			return nil, err
 		}
 		d.c.grow()
@@ -304,6 +300,27 @@ func (c *Client) download(ctx context.Context, endpoint string, req, res Message
 		}, nil
 	}
 }
+
+// downloadOutcome decodes the result of a download, or gives the connection back.
+func (c *Client) downloadOutcome(ctx context.Context, op opError, d *dataClient, r result, res Message, release func() bool) (err error) {
+	wanted := false
+	defer func() {
+		if wanted {
+			return
+		}
+		if r.failed == nil && !r.notStarted {
+			d.c.fail(errUnwanted) // also if res could not be decoded: the stream that follows is not wanted
+		}
+		release()
+		c.settle(d)
+	}()
+	err = op.outcome(ctx, r, res)
+	wanted = err == nil
+	return err
+}
+
+// errUnwanted is why a connection ends whose stream nobody wants.
+var errUnwanted error = &lostError{what: "the stream is not wanted", cause: net.ErrClosed}
 
 // encode returns the body of a request that may be tried.
 func (c *Client) encode(ctx context.Context, name string, req Message) ([]byte, error) {
@@ -386,6 +403,9 @@ func (c *Client) Dial(ctx context.Context, label string) (net.Conn, error) {
 	if wrong := userLabel(label); wrong != "" {
 		return nil, op.with(&Error{Code: InvalidArgument, Message: wrong}, "")
 	}
+	if c.ctx.Err() != nil {
+		return nil, op.with(ErrClosed, "")
+	}
 	ctx, cancel := c.untilClosed(ctx)
 	defer cancel()
 	within, cancelWithin := context.WithTimeout(ctx, c.config.HandshakeTimeout)
@@ -428,7 +448,10 @@ func (c *Client) preface(label string) []byte {
 
 // open connects. within is ctx with the handshake's timeout.
 func (c *Client) open(ctx, within context.Context) (net.Conn, error) {
-	nc, err := c.connecter.Connect(within)
+	nc, err := c.callConnect(within)
+	if err != nil && nc != nil {
+		nc.Close()
+	}
 	switch {
 	case err != nil && within.Err() != nil:
 		return nil, c.handshakeEnded(ctx)
@@ -438,6 +461,17 @@ func (c *Client) open(ctx, within context.Context) (net.Conn, error) {
 		return nil, errors.New("rpc: the Connecter returned neither a connection nor an error")
 	}
 	return nc, nil
+}
+
+// callConnect calls the Connecter, and contains its panic.
+func (c *Client) callConnect(ctx context.Context) (nc net.Conn, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			c.config.Logger.ErrorContext(ctx, "Connect panicked", "panic", p, "stack", string(debug.Stack()))
+			err = errors.New("rpc: Connect panicked")
+		}
+	}()
+	return c.connecter.Connect(ctx)
 }
 
 // handshakeEnded is the error for a handshake during which ctx or the handshake's time has ended.
@@ -593,11 +627,12 @@ func (c *Client) runControl(dial *controlDial) {
 			err = ErrClosed
 		}
 		c.mu.Lock()
-		c.backOffLocked(err)
+		report := c.backOffLocked(err)
 		dial.err = err
 		c.dialing = nil
 		c.mu.Unlock()
 		close(dial.done)
+		report()
 		return
 	}
 	cc := newControlClient(fc, c.preface(labelControl), c.config.IdleTimeout)
@@ -613,29 +648,36 @@ func (c *Client) runControl(dial *controlDial) {
 // controlEnded begins the back-off if the connection was of no use.
 func (c *Client) controlEnded(cc *controlClient, cause error) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	if c.control == cc {
 		c.control = nil
 	}
-	if cause != errPolite && !cc.proved() {
-		c.backOffLocked(cause)
-		return
+	report := func() {}
+	switch {
+	case cause != errPolite && !cc.proved():
+		report = c.backOffLocked(cause)
+	case cause != errPolite && !c.closed:
+		report = func() {
+			c.config.Logger.WarnContext(c.ctx, "control connection lost", "peer", cc.c.peer, "error", cause)
+		}
+		fallthrough
+	default:
+		c.failures, c.retryAt = 0, time.Time{}
 	}
-	c.failures, c.retryAt = 0, time.Time{}
-	if cause != errPolite && !c.closed {
-		c.config.Logger.WarnContext(c.ctx, "control connection lost", "peer", cc.c.peer, "error", cause)
-	}
+	c.mu.Unlock()
+	report()
 }
 
-// backOffLocked notes a failure to connect.
-func (c *Client) backOffLocked(err error) {
+// backOffLocked notes a failure to connect. It returns what logs it, to be called without the lock.
+func (c *Client) backOffLocked(err error) (report func()) {
 	if c.closed {
-		return
+		return func() {}
 	}
 	c.failures++
-	wait := backoff(c.failures)
+	failures, wait := c.failures, backoff(c.failures)
 	c.retryAt = time.Now().Add(wait)
-	c.config.Logger.WarnContext(c.ctx, "cannot connect", "label", labelControl, "error", err, "failures", c.failures, "retry_in", wait)
+	return func() {
+		c.config.Logger.WarnContext(c.ctx, "cannot connect", "label", labelControl, "error", err, "failures", failures, "retry_in", wait)
+	}
 }
 
 // backoff is how long to wait after so many failures in a row: twice as long after each, of which the upper half is

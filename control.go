@@ -18,6 +18,8 @@ const (
 	batchSize = 16 << 10
 	// maxPending is how many bytes may wait to be written before senders wait, too.
 	maxPending = 256 << 10
+	// maxReplyStall is how long none of them is written before the client is given up: it is not listening.
+	maxReplyStall = time.Minute
 	// maxReplying is how many handlers of one connection may have returned without their replies being written: a
 	// client that does not read its replies is not read from either.
 	maxReplying = 64
@@ -42,14 +44,14 @@ type frameQueue struct {
 
 var batchBuffers = sync.Pool{New: func() any { return new([batchSize]byte) }}
 
-// waitRoom returns when little is waiting to be written, when the connection has ended, when giveUp is closed, and when
-// late is sent to.
-func (q *frameQueue) waitRoom(giveUp <-chan struct{}, late <-chan time.Time) {
+// waitRoom returns when little is waiting to be written, or when the connection has ended. It gives up when ctx ends, and
+// when late is sent to.
+func (q *frameQueue) waitRoom(ctx context.Context, late <-chan time.Time) error {
 	for {
 		q.mu.Lock()
 		if q.size <= maxPending {
 			q.mu.Unlock()
-			return
+			return nil
 		}
 		if q.room == nil {
 			q.room = make(chan struct{})
@@ -59,11 +61,11 @@ func (q *frameQueue) waitRoom(giveUp <-chan struct{}, late <-chan time.Time) {
 		select {
 		case <-room:
 		case <-q.c.done:
-			return
-		case <-giveUp:
-			return
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
 		case <-late:
-			return
+			return context.DeadlineExceeded
 		}
 	}
 }
@@ -190,6 +192,7 @@ type controlClient struct {
 	cause     error // of the connection's end: nothing is written any more
 	replies   uint64
 	users     int       // callers that are in call
+	used      bool      // somebody has been
 	idleSince time.Time // since users is 0
 	idleTimer *time.Timer
 }
@@ -399,6 +402,7 @@ func (cc *controlClient) enter() (*pendingCall, error) {
 		return nil, cc.refusal
 	}
 	cc.users++
+	cc.used = true
 	if last := len(cc.spare) - 1; last >= 0 {
 		call := cc.spare[last]
 		cc.spare = cc.spare[:last]
@@ -436,19 +440,17 @@ func (cc *controlClient) closeIfIdle() {
 func (cc *controlClient) idleLeft() time.Duration {
 	cc.mu.Lock()
 	defer cc.mu.Unlock()
-	if cc.users > 0 {
+	switch {
+	case cc.users > 0:
 		return cc.grace()
+	case !cc.used:
+		return cc.grace() - time.Since(cc.idleSince)
 	}
 	return cc.idleTimeout - time.Since(cc.idleSince)
 }
 
-// grace is how long those who wait for the connection have to begin to use it: a moment, if it is not to be kept idle.
-func (cc *controlClient) grace() time.Duration {
-	if cc.idleTimeout < 0 {
-		return time.Second
-	}
-	return cc.idleTimeout
-}
+// grace is how long a connection is kept at least that nobody has used yet: somebody waits for it.
+func (cc *controlClient) grace() time.Duration { return max(cc.idleTimeout, time.Second) }
 
 // unused tells whether nobody uses the connection; then nobody can begin to, either.
 func (cc *controlClient) unused() bool {
@@ -534,8 +536,7 @@ func (cc *controlClient) mayBegin(ctx context.Context, late <-chan time.Time, bo
 			return err
 		}
 	}
-	cc.q.waitRoom(ctx.Done(), late)
-	return ctx.Err()
+	return cc.q.waitRoom(ctx, late)
 }
 
 // begin gives a call its id and its place in the queue.
@@ -610,7 +611,7 @@ type serverCall struct {
 
 func newControlServer(c *frameConn, maxHandlers int, dispatch callDispatcher) *controlServer {
 	s := &controlServer{
-		c: c, dispatch: dispatch, places: make(chan struct{}, maxHandlers+maxReplying),
+		c: c, dispatch: dispatch, places: make(chan struct{}, min(maxHandlers, math.MaxInt16)+maxReplying),
 		running: make(map[uint64]*serverCall),
 	}
 	s.q.c = c
@@ -724,20 +725,43 @@ func (s *controlServer) begin(call *serverCall) bool {
 // start runs the handler of a call in a goroutine of its own, which ends with the handler and the writing of its
 // reply; serve waits for it.
 func (s *controlServer) start(call *serverCall, name []byte) (err error) {
-	select {
-	case s.places <- struct{}{}:
-	case <-s.c.done:
-		return s.c.ended()
-	}
-	if call.method, err = s.dispatch.acceptCall(name); err != nil {
-		<-s.places
-		s.q.waitRoom(nil, nil)
-		s.reply(call, appendReply(nil, call.id, err))
-		return nil
+	if err := s.takePlace(); err != nil {
+		return err
 	}
 	s.handlers.Add(1)
-	go s.run(call)
+	if call.method, err = s.dispatch.acceptCall(name); err != nil {
+		go s.refuse(call, err)
+	} else {
+		go s.run(call)
+	}
 	return nil
+}
+
+// takePlace waits until few replies wait to be written.
+func (s *controlServer) takePlace() error {
+	select {
+	case s.places <- struct{}{}:
+		return nil
+	default:
+	}
+	timer := time.NewTimer(maxReplyStall)
+	defer timer.Stop()
+	select {
+	case s.places <- struct{}{}:
+		return nil
+	case <-s.c.done:
+		return s.c.ended()
+	case <-timer.C:
+		return s.c.violation("the client does not read its replies")
+	}
+}
+
+// refuse replies to a call that has no handler.
+func (s *controlServer) refuse(call *serverCall, err error) {
+	s.q.waitRoom(call.parent, nil)
+	s.reply(call, appendReply(nil, call.id, err))
+	<-s.places
+	s.handlers.Done()
 }
 
 func (s *controlServer) run(call *serverCall) {
@@ -761,7 +785,7 @@ func (s *controlServer) run(call *serverCall) {
 	if err != nil {
 		out = appendReply((*buf)[:0], call.id, err)
 	}
-	s.q.waitRoom(nil, nil)
+	s.q.waitRoom(call.parent, nil)
 	s.reply(call, finishFrame(out, 0))
 	putFrameBuffer(buf, out)
 }

@@ -96,6 +96,7 @@ type frameConn struct {
 	answered  chan struct{} // of a server: closed when its answer is written; nil for a client
 	writing   chan struct{} // the write lock, a channel so that waiting for it can be given up
 	lastWrite atomic.Int64  // when the last write ended
+	begun     atomic.Bool   // what is said first was written
 
 	deadlineMu  sync.Mutex // guards SetReadDeadline against interrupt
 	interrupted bool
@@ -244,18 +245,20 @@ func (c *frameConn) lockWrites() error {
 	}
 }
 
-// writeLocked writes for who holds the write lock, and releases it.
+// writeLocked writes for who holds the write lock, and releases it unless that fails.
 func (c *frameConn) writeLocked(frames []byte) (touched bool, err error) {
 	n, err := c.nc.Write(frames)
 	c.lastWrite.Store(int64(time.Since(c.started)))
-	<-c.writing
+	c.begun.Store(true)
 	c.stats.written.Add(uint64(max(n, 0)))
 	if err == nil && n != len(frames) {
 		err = io.ErrShortWrite
 	}
 	if err == nil {
+		<-c.writing
 		return true, nil
 	}
+	// The lock stays taken: nothing may follow half a frame.
 	// A TLS connection that writes several records at once does not know which the peer has; half a record is none.
 	return n != 0 || c.raw != nil && len(frames) > tlsRecord, c.lost(err)
 }
@@ -376,6 +379,10 @@ func (c *frameConn) heard() uint64 {
 func (c *frameConn) writeHeartbeat() {
 	select {
 	case c.writing <- struct{}{}:
+		if !c.begun.Load() { // the preface comes first
+			<-c.writing
+			return
+		}
 		c.writeLocked([]byte{byte(frameHeartbeat), 0, 0, 0, 0, 0, 0, 0})
 	default:
 	}

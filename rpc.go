@@ -187,6 +187,9 @@ func Errorf(code Code, format string, args ...any) error {
 
 // Error returns code and message; what does not print is escaped.
 func (e *Error) Error() string {
+	if e == nil {
+		return "rpc: unknown: a nil *Error"
+	}
 	if e.Message == "" {
 		return "rpc: " + e.Code.String() + " (no text)"
 	}
@@ -195,12 +198,12 @@ func (e *Error) Error() string {
 
 // Is makes errors.Is(err, context.Canceled) and errors.Is(err, context.DeadlineExceeded) hold for the codes that say so.
 func (e *Error) Is(target error) bool {
-	return e.Code == Canceled && target == context.Canceled ||
-		e.Code == DeadlineExceeded && target == context.DeadlineExceeded
+	return e != nil && (e.Code == Canceled && target == context.Canceled ||
+		e.Code == DeadlineExceeded && target == context.DeadlineExceeded)
 }
 
 // Timeout tells whether the code is DeadlineExceeded.
-func (e *Error) Timeout() bool { return e.Code == DeadlineExceeded }
+func (e *Error) Timeout() bool { return e != nil && e.Code == DeadlineExceeded }
 
 // CodeOf returns what kind of error err is: OK for nil; the code of an [*Error] or a [*HandshakeError] in its chain;
 // Unavailable for a connection that was lost or could not be made; Canceled and DeadlineExceeded for the errors of a
@@ -218,9 +221,9 @@ func CodeOf(err error) Code {
 	var lost *lostError
 	var netErr net.Error
 	switch {
-	case errors.As(err, &remote):
+	case errors.As(err, &remote) && remote != nil:
 		return errorCode(remote.Code)
-	case errors.As(err, &refused):
+	case errors.As(err, &refused) && refused != nil:
 		return errorCode(refused.Code)
 	case errors.As(err, &lost):
 		return Unavailable
@@ -290,7 +293,7 @@ type Logger interface {
 type Stats struct {
 	OpenConns         int64  // connections that are open now
 	Conns             uint64 // connections that were opened
-	HandshakesRefused uint64 // connections that were refused, by a reason or by closing them
+	HandshakesRefused uint64 // of a Server: connections that were not admitted; of a Client: that were refused with a reason
 	Calls             uint64 // calls that were started
 	CallsFailed       uint64 // calls that ended with an error
 	Streams           uint64 // downloads and uploads that were started
@@ -310,7 +313,12 @@ type Connecter interface {
 type ConnecterFunc func(ctx context.Context) (net.Conn, error)
 
 // Connect calls f.
-func (f ConnecterFunc) Connect(ctx context.Context) (net.Conn, error) { return f(ctx) }
+func (f ConnecterFunc) Connect(ctx context.Context) (net.Conn, error) {
+	if f == nil {
+		return nil, errors.New("rpc: the ConnecterFunc is nil")
+	}
+	return f(ctx)
+}
 
 // Listener is a net.Listener that knows who connects.
 type Listener struct {
@@ -465,9 +473,9 @@ type promises struct {
 	maxBody   int           // the largest message body that it accepts, in bytes
 }
 
-// isNil tells whether a message is a nil interface or a nil pointer.
-func isNil(m Message) bool {
-	v := reflect.ValueOf(m)
+// isNil tells whether a value is a nil interface or a nil pointer.
+func isNil(value any) bool {
+	v := reflect.ValueOf(value)
 	return !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil()
 }
 

@@ -1425,7 +1425,7 @@ func TestWireByteByByte(t *testing.T) {
 // ---- Control connections on the wire ------------------------------------------------------------------------------
 
 // wireHead is the header of a frame whose payload is still to come.
-func wireHead(kind byte, length int) string {
+func wireHead[N int | int64](kind byte, length N) string {
 	return string(binary.BigEndian.AppendUint32([]byte{kind, 0, 0, 0}, uint32(length)))
 }
 
@@ -1525,10 +1525,10 @@ func TestWireViolations(t *testing.T) {
 	data, end, fail, long := frame(tData, "x"), frame(tEnd, one), frame(tFail, 2, "x"), strings.Repeat("x", 4097)
 	all := []string{
 		wireHead(0, 0), wireHead(0x02, 0), wireHead(0x0f, 0), wireHead(0x14, 0), wireHead(0x26, 0), wireHead(0xff, 0),
-		wireBent(beat, 1), wireBent(beat, 2), wireBent(beat, 3), frame(tHeartbeat, 0), wireHead(tHeartbeat, 1<<32-1),
+		wireBent(beat, 1), wireBent(beat, 2), wireBent(beat, 3), frame(tHeartbeat, 0), wireHead(tHeartbeat, int64(1<<32-1)),
 	}
 	inStream := []string{ // whoever receives it
-		frame(tData), wireHead(tData, 1<<20+1), wireHead(tData, 1<<32-1), wireBent(data, 1), frame(tEnd, seven), frame(tEnd, zero, 0),
+		frame(tData), wireHead(tData, 1<<20+1), wireHead(tData, int64(1<<32-1)), wireBent(data, 1), frame(tEnd, seven), frame(tEnd, zero, 0),
 		wireBent(end, 2), frame(tFail), frame(tFail, 0, "x"), frame(tFail, 2, long), wireBent(fail, 3), get, put, call,
 	}
 	for _, test := range []struct {
@@ -1539,17 +1539,17 @@ func TestWireViolations(t *testing.T) {
 	}{
 		{"server control", "", "call", true, append([]string{
 			frame(tCall), frame(tCall, one, zero), frame(tCall, one, zero, "\x05echo"), wireBent(call, 1), wireBent(call, 3),
-			wireHead(tCall, 1<<32-1), wireCall(0, 0, "echo", ""), cancel, frame(tCancel), frame(tCancel, seven),
+			wireHead(tCall, int64(1<<32-1)), wireCall(0, 0, "echo", ""), cancel, frame(tCancel), frame(tCancel, seven),
 			frame(tCancel, one, 0), reply, goaway, get, put, result, data, end, fail}, all...)},
 		{"server data", "", "download", true, append([]string{
 			frame(tDownload), frame(tDownload, seven), frame(tDownload, zero), frame(tUpload, zero, "\x04put"), wireBent(get, 1),
-			wireBent(put, 2), wireHead(tDownload, 1<<32-1), wireHead(tUpload, 1<<32-1), call, cancel, reply, goaway, result, data, end,
+			wireBent(put, 2), wireHead(tDownload, int64(1<<32-1)), wireHead(tUpload, int64(1<<32-1)), call, cancel, reply, goaway, result, data, end,
 			fail}, all...)},
 		{"server upload", put, "upload", true, append(append([]string{result, goaway}, all...), inStream...)},
 		{"server upload going on", put + data, "upload", true, append([]string{result}, inStream...)},
 		{"client control", "", "call", false, append([]string{
 			frame(tReply), frame(tReply, seven), frame(tReply, one), frame(tReply, uint64(2), 0), frame(tReply, zero, 0),
-			frame(tReply, one, 2, long), wireHead(tReply, 9+65536+1), wireHead(tReply, 1<<32-1), wireBent(reply, 1),
+			frame(tReply, one, 2, long), wireHead(tReply, 9+65536+1), wireHead(tReply, int64(1<<32-1)), wireBent(reply, 1),
 			frame(tGoaway), frame(tGoaway, seven), frame(tGoaway, one, 0), frame(tGoaway, one) + frame(tGoaway, one),
 			call, cancel, get, put, result, data, end, fail}, all...)},
 		{"client data", "", "download", false, append([]string{

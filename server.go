@@ -142,7 +142,7 @@ func (config ServerConfig) withDefaults() (ServerConfig, error) {
 	config.MaxConns = orDefault(config.MaxConns, defaultMaxConns)
 	config.MaxConnsPerClient = orDefault(config.MaxConnsPerClient, defaultMaxConnsPerClient)
 	config.MaxHandlers = orDefault(config.MaxHandlers, defaultMaxHandlers)
-	if config.Logger == nil {
+	if isNil(config.Logger) {
 		config.Logger = silent{}
 	}
 	if min(config.MaxHandshakes, config.MaxConns, config.MaxConnsPerClient, config.MaxHandlers) < 0 {
@@ -430,16 +430,20 @@ func (s *Server) stopping() bool {
 
 // handshake is a connection that has not been admitted yet.
 type handshake struct {
-	nc   net.Conn
-	host string // the address without the port
+	nc     net.Conn
+	host   string // the address without the port
+	ctx    context.Context
+	cancel context.CancelFunc // ends ctx, and with it the handshake
 }
 
 // admit starts the handshake of a new connection.
 func (s *Server) admit(l *Listener, nc net.Conn) {
 	h := &handshake{nc: nc, host: hostOf(nc)}
+	h.ctx, h.cancel = context.WithTimeout(s.ctx, s.config.HandshakeTimeout)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.state == stateClosed {
+		h.cancel()
 		nc.Close()
 		return
 	}
@@ -470,8 +474,7 @@ func (s *Server) giveWayLocked() {
 	for _, h := range s.handshakes {
 		if counts[h.host] == most {
 			s.leaveLocked(h)
-			s.stats.refused.Add(1)
-			s.goroutines.Go(func() { h.nc.Close() }) // not here, because Close may wait
+			h.cancel() // closes nc, in another goroutine
 			return
 		}
 	}
@@ -486,14 +489,6 @@ func (s *Server) leaveLocked(h *handshake) bool {
 		}
 	}
 	return false
-}
-
-// leave takes a handshake off those in progress.
-func (s *Server) leave(h *handshake) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.leaveLocked(h)
-	s.notifyLocked()
 }
 
 // serverConn is a connection that was admitted.
@@ -512,23 +507,22 @@ type serverConn struct {
 
 // handle does the handshake of a connection, and serves it.
 func (s *Server) handle(l *Listener, h *handshake) {
-	ctx, cancel := context.WithTimeout(s.ctx, s.config.HandshakeTimeout)
-	release := whenDone(ctx, func() { h.nc.Close() })
-	conn, refusal := s.shakeHands(ctx, l, h)
+	release := whenDone(h.ctx, func() { h.nc.Close() })
+	conn, refusal := s.shakeHands(h.ctx, l, h)
 	if refusal == nil {
 		refusal = s.admitConn(h, conn)
 	}
-	s.leave(h)
 	if refusal != nil {
+		lingers := s.startLingering(h)
 		release()
-		cancel()
-		s.refuse(h, conn, refusal)
+		h.cancel()
+		s.refuse(h, conn, refusal, lingers)
 		return
 	}
 	s.spawn(func() { // ends with the write, which the handshake's end ends
 		conn.answer(s.ours)
 		release()
-		cancel()
+		h.cancel()
 	})
 	s.serveConn(conn)
 	<-conn.answered
@@ -589,6 +583,9 @@ func (s *Server) authenticate(ctx context.Context, l *Listener, nc net.Conn) (se
 		}
 	}()
 	secured, identity, err = l.Authenticate(ctx, nc)
+	if err != nil {
+		_, _ = CodeOf(err), err.Error() // here, where their panics are contained
+	}
 	if err == nil && secured == nil {
 		err = errors.New("rpc: Authenticate returned neither a connection nor an error")
 	}
@@ -682,16 +679,15 @@ func (s *Server) notifyLocked() {
 	s.changed = make(chan struct{})
 }
 
-// refuse ends a connection that is not admitted. The client is told why if it has said what it wants.
-func (s *Server) refuse(h *handshake, conn *serverConn, err error) {
+// refuse ends a connection that is not admitted. The client is told why if it has said what it wants, and there is room
+// to wait until it has read that.
+func (s *Server) refuse(h *handshake, conn *serverConn, err error, lingers bool) {
 	s.stats.refused.Add(1)
-	s.logRefusal(h, conn, err)
 	var refusal *refusalError
 	var protocol *ProtocolError
-	told := errors.As(err, &refusal)
-	if !errors.As(err, &protocol) && s.startLingering() {
+	if lingers && !errors.As(err, &protocol) {
 		stop := context.AfterFunc(s.ctx, func() { h.nc.Close() })
-		if told {
+		if errors.As(err, &refusal) {
 			conn.nc.SetWriteDeadline(time.Now().Add(lingerTime))
 			conn.nc.Write(appendRefusal(nil, refusal.code, refusal.reason))
 		}
@@ -699,9 +695,15 @@ func (s *Server) refuse(h *handshake, conn *serverConn, err error) {
 		closeWrite(h.nc)
 		discard(h.nc, maxLingerBytes)
 		stop()
-		s.stopLingering()
 	}
 	h.nc.Close()
+	if conn.nc != h.nc {
+		conn.nc.Close()
+	}
+	if lingers {
+		s.stopLingering()
+	}
+	s.logRefusal(h, conn, err)
 }
 
 // logRefusal logs at a level that neither a probe of the port nor Close is worth more than.
@@ -710,15 +712,16 @@ func (s *Server) logRefusal(h *handshake, conn *serverConn, err error) {
 	if errors.Is(err, io.EOF) || s.ctx.Err() != nil {
 		log = s.config.Logger.DebugContext
 	}
-	log(s.ctx, "connection refused", "peer", addrString(h.nc.RemoteAddr()), "identity", conn.identity,
-		"label", conn.label, "error", err)
+	log(s.ctx, "connection refused", "peer", h.host, "identity", quoted(conn.identity), "label", quoted(conn.label), "error", err)
 }
 
-// startLingering tells whether there is room for another connection that was refused: it costs a goroutine, and
+// startLingering ends a handshake, and tells whether there is room for another connection that was refused: it costs a goroutine, and
 // nobody else is to be kept out.
-func (s *Server) startLingering() bool {
+func (s *Server) startLingering(h *handshake) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.leaveLocked(h)
+	s.notifyLocked()
 	if s.lingering >= s.config.MaxHandshakes {
 		return false
 	}
@@ -859,7 +862,8 @@ func (conn *serverConn) containCall(ctx context.Context, m *callMethod, body, ou
 			err = conn.panicked(ctx, m.name, p)
 		}
 	}()
-	return m.handle(ctx, body, out)
+	res, err = m.handle(ctx, body, out)
+	return res, forTheWire(err)
 }
 
 // acceptStream finds the handler of an endpoint and takes a place for it.
@@ -926,7 +930,15 @@ func (conn *serverConn) contain(ctx context.Context, method string, f func(conte
 			err = conn.panicked(ctx, method, p)
 		}
 	}()
-	return f(ctx)
+	return forTheWire(f(ctx))
+}
+
+// forTheWire makes a handler's error one whose methods are ours: those of others may panic.
+func forTheWire(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &Error{Code: CodeOf(err), Message: wireText(err)}
 }
 
 // panicked is the error for a panic of a handler.
@@ -975,8 +987,9 @@ func (s *Server) Shutdown(ctx context.Context) error {
 
 func (s *Server) closeListeners() {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, closeListener := range s.listeners {
+	closers := slices.Collect(maps.Values(s.listeners))
+	s.mu.Unlock()
+	for _, closeListener := range closers {
 		closeListener()
 	}
 }

@@ -227,9 +227,8 @@ func ServerTLSConfig(caFile, certFile, keyFile string) (*tls.Config, error) {
 // newTLSConfig is what both sides have in common.
 func newTLSConfig() *tls.Config {
 	return &tls.Config{
-		MinVersion:                  tls.VersionTLS13,
-		SessionTicketsDisabled:      true,
-		DynamicRecordSizingDisabled: true, // small first records are for browsers; here they cost CPU
+		MinVersion:             tls.VersionTLS13,
+		SessionTicketsDisabled: true,
 	}
 }
 
@@ -344,6 +343,8 @@ type tlsConn struct {
 
 // newTLSConn returns the side of a connection that role, tls.Client or tls.Server, gives.
 func newTLSConn(role func(net.Conn, *tls.Config) *tls.Conn, plain net.Conn, config *tls.Config) *tlsConn {
+	config = config.Clone()
+	config.DynamicRecordSizingDisabled = true // whole records, and a small Write is one
 	records := &recordConn{Conn: plain}
 	return &tlsConn{Conn: role(records, config), records: records}
 }
