@@ -1,12 +1,10 @@
-package bench
+package main
 
 import (
 	"bytes"
 	"flag"
 	"fmt"
 	"math/rand/v2"
-	"os"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -17,10 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-var (
-	messageSeed   = flag.Uint64("messages.seed", 0, "seed of the random messages; 0: a new one")
-	messageRounds = flag.Int("messages.rounds", 0, "how many rounds TestMessageSpeed takes; 0: it is skipped")
-)
+var messageSeed = flag.Uint64("messages.seed", 0, "seed of the random messages; 0: a new one")
 
 // message is one type of message, here and in google.golang.org/protobuf.
 type message struct {
@@ -83,13 +78,6 @@ func ours[T any, M interface {
 	*T
 	rpc.Message
 }]() rpc.Message {
-	return M(new(T))
-}
-
-func theirs[T any, M interface {
-	*T
-	proto.Message
-}]() proto.Message {
 	return M(new(T))
 }
 
@@ -185,116 +173,6 @@ func list[T any](r *random, f func() T) []T {
 		l = append(l, f())
 	}
 	return l
-}
-
-// toProto is the same message as protobuf has it.
-func toProto(m rpc.Message) proto.Message {
-	switch m := m.(type) {
-	case *rpc.ListFilesystemReq:
-		return &pdupb.ListFilesystemReq{}
-	case *rpc.ListFilesystemRes:
-		return &pdupb.ListFilesystemRes{Filesystems: each(m.Filesystems, filesystemProto)}
-	case *rpc.Filesystem:
-		return filesystemProto(m)
-	case *rpc.ListFilesystemVersionsReq:
-		return &pdupb.ListFilesystemVersionsReq{Filesystem: m.Filesystem}
-	case *rpc.ListFilesystemVersionsRes:
-		return &pdupb.ListFilesystemVersionsRes{Versions: each(m.Versions, versionProto)}
-	case *rpc.FilesystemVersion:
-		return versionProto(m)
-	case *rpc.SendReq:
-		return sendReqProto(m)
-	case *rpc.ReplicationConfig:
-		return configProto(m)
-	case *rpc.ReplicationConfigProtection:
-		return protectionProto(m)
-	case *rpc.SendRes:
-		return &pdupb.SendRes{UsedResumeToken: m.UsedResumeToken, ExpectedSize: m.ExpectedSize}
-	case *rpc.SendCompletedReq:
-		return &pdupb.SendCompletedReq{OriginalReq: sendReqProto(m.OriginalReq)}
-	case *rpc.SendCompletedRes:
-		return &pdupb.SendCompletedRes{}
-	case *rpc.ReceiveReq:
-		return &pdupb.ReceiveReq{Filesystem: m.Filesystem, To: versionProto(m.To), ClearResumeToken: m.ClearResumeToken, ReplicationConfig: configProto(m.ReplicationConfig)}
-	case *rpc.ReceiveRes:
-		return &pdupb.ReceiveRes{}
-	case *rpc.DestroySnapshotsReq:
-		return &pdupb.DestroySnapshotsReq{Filesystem: m.Filesystem, Snapshots: each(m.Snapshots, versionProto)}
-	case *rpc.DestroySnapshotsRes:
-		return &pdupb.DestroySnapshotsRes{Results: each(m.Results, destroyedProto)}
-	case *rpc.DestroySnapshotRes:
-		return destroyedProto(m)
-	case *rpc.ReplicationCursorReq:
-		return &pdupb.ReplicationCursorReq{Filesystem: m.Filesystem}
-	case *rpc.ReplicationCursorRes:
-		return cursorProto(m)
-	case *rpc.PingReq:
-		return &pdupb.PingReq{Message: m.Message}
-	case *rpc.PingRes:
-		return &pdupb.PingRes{Echo: m.Echo}
-	}
-	panic(fmt.Sprintf("no protobuf for %T", m))
-}
-
-func each[A, B any](list []A, f func(*A) *B) []*B {
-	var out []*B
-	for i := range list {
-		out = append(out, f(&list[i]))
-	}
-	return out
-}
-
-func filesystemProto(m *rpc.Filesystem) *pdupb.Filesystem {
-	return &pdupb.Filesystem{Path: m.Path, ResumeToken: m.ResumeToken, IsPlaceholder: m.IsPlaceholder}
-}
-
-func versionProto(m *rpc.FilesystemVersion) *pdupb.FilesystemVersion {
-	if m == nil {
-		return nil
-	}
-	return &pdupb.FilesystemVersion{Type: pdupb.FilesystemVersion_VersionType(m.Type), Name: m.Name, GUID: m.GUID, CreateTXG: m.CreateTXG, Creation: creationText(m.Creation)}
-}
-
-func creationText(t time.Time) string {
-	if t.IsZero() {
-		return ""
-	}
-	return t.UTC().Format(time.RFC3339Nano)
-}
-
-func sendReqProto(m *rpc.SendReq) *pdupb.SendReq {
-	if m == nil {
-		return nil
-	}
-	return &pdupb.SendReq{Filesystem: m.Filesystem, From: versionProto(m.From), To: versionProto(m.To), ResumeToken: m.ResumeToken, ReplicationConfig: configProto(m.ReplicationConfig)}
-}
-
-func configProto(m *rpc.ReplicationConfig) *pdupb.ReplicationConfig {
-	if m == nil {
-		return nil
-	}
-	return &pdupb.ReplicationConfig{Protection: protectionProto(m.Protection)}
-}
-
-func protectionProto(m *rpc.ReplicationConfigProtection) *pdupb.ReplicationConfigProtection {
-	if m == nil {
-		return nil
-	}
-	return &pdupb.ReplicationConfigProtection{Initial: pdupb.ReplicationGuaranteeKind(m.Initial), Incremental: pdupb.ReplicationGuaranteeKind(m.Incremental)}
-}
-
-func destroyedProto(m *rpc.DestroySnapshotRes) *pdupb.DestroySnapshotRes {
-	return &pdupb.DestroySnapshotRes{Snapshot: versionProto(m.Snapshot), Error: m.Error}
-}
-
-func cursorProto(m *rpc.ReplicationCursorRes) *pdupb.ReplicationCursorRes {
-	switch {
-	case m.NotExist:
-		return &pdupb.ReplicationCursorRes{Result: &pdupb.ReplicationCursorRes_NotExist{NotExist: true}}
-	case m.GUID != 0:
-		return &pdupb.ReplicationCursorRes{Result: &pdupb.ReplicationCursorRes_GUID{GUID: m.GUID}}
-	}
-	return &pdupb.ReplicationCursorRes{}
 }
 
 // canonical rewrites what protobuf leaves to its users as this library does: times are written in UTC with the fewest
@@ -445,63 +323,8 @@ func mutate(r *random, data, other []byte) []byte {
 	return data
 }
 
-// sample is a message for comparisons: all fields set to what a replication would have there.
-type sample struct {
-	name string
-	rpc.Message
-	decodeOurs func(data []byte) error // into a receiver of its own, as users do
-	theirs     func() proto.Message
-}
-
-func decode[T any, M interface {
-	*T
-	rpc.Message
-}](data []byte) error {
-	return M(new(T)).UnmarshalBinary(data)
-}
-
-func sampleVersion(i int) rpc.FilesystemVersion {
-	creation := time.Date(2024, 5, 17, 13, 4, 5, 0, time.UTC).Add(time.Duration(i) * 10 * time.Minute)
-	return rpc.FilesystemVersion{Name: "zrepl_" + creation.Format("20060102_150405") + "_000", GUID: 0xdbe3a5b0c1d2e3f4 + uint64(i)<<20, CreateTXG: 48_121_001 + uint64(i)*977, Creation: creation}
-}
-
-func samples() []sample {
-	from, to := sampleVersion(1), sampleVersion(2)
-	config := &rpc.ReplicationConfig{Protection: &rpc.ReplicationConfigProtection{Initial: rpc.GuaranteeResumability, Incremental: rpc.GuaranteeIncrementalReplication}}
-	token := "1-16ce2a1e8b-108-789c636064000310a501c49c50360710a715e5e7a69766a63040c1"
-	send := &rpc.SendReq{Filesystem: "pool/home/alice", From: &from, To: &to, ResumeToken: token, ReplicationConfig: config}
-	full := &rpc.SendReq{Filesystem: "pool/home/alice", To: &to, ReplicationConfig: config}
-	var versions rpc.ListFilesystemVersionsRes
-	var filesystems, resumable rpc.ListFilesystemRes
-	var destroyed rpc.DestroySnapshotsRes
-	for i := range 1000 {
-		v := sampleVersion(i)
-		versions.Versions = append(versions.Versions, v)
-		path := fmt.Sprintf("pool/home/user%04d", i)
-		filesystems.Filesystems = append(filesystems.Filesystems, rpc.Filesystem{Path: path})
-		resumable.Filesystems = append(resumable.Filesystems, rpc.Filesystem{Path: path, ResumeToken: token})
-		destroyed.Results = append(destroyed.Results, rpc.DestroySnapshotRes{Snapshot: &v, Error: "dataset is busy"})
-	}
-	destroy := &rpc.DestroySnapshotsReq{Filesystem: "pool/home/alice", Snapshots: versions.Versions}
-	return []sample{
-		{"versions1000", &versions, decode[rpc.ListFilesystemVersionsRes], theirs[pdupb.ListFilesystemVersionsRes]},
-		{"filesystems1000", &filesystems, decode[rpc.ListFilesystemRes], theirs[pdupb.ListFilesystemRes]},
-		{"resumable1000", &resumable, decode[rpc.ListFilesystemRes], theirs[pdupb.ListFilesystemRes]},
-		{"destroy1000", destroy, decode[rpc.DestroySnapshotsReq], theirs[pdupb.DestroySnapshotsReq]},
-		{"destroyed1000", &destroyed, decode[rpc.DestroySnapshotsRes], theirs[pdupb.DestroySnapshotsRes]},
-		{"version", &to, decode[rpc.FilesystemVersion], theirs[pdupb.FilesystemVersion]},
-		{"send", send, decode[rpc.SendReq], theirs[pdupb.SendReq]},
-		{"send_full", full, decode[rpc.SendReq], theirs[pdupb.SendReq]},
-		{"send_completed", &rpc.SendCompletedReq{OriginalReq: send}, decode[rpc.SendCompletedReq], theirs[pdupb.SendCompletedReq]},
-		{"receive", &rpc.ReceiveReq{Filesystem: "pool/home/alice", To: &to, ReplicationConfig: config}, decode[rpc.ReceiveReq], theirs[pdupb.ReceiveReq]},
-		{"cursor", &rpc.ReplicationCursorRes{GUID: to.GUID}, decode[rpc.ReplicationCursorRes], theirs[pdupb.ReplicationCursorRes]},
-		{"send_res", &rpc.SendRes{ExpectedSize: 1 << 33}, decode[rpc.SendRes], theirs[pdupb.SendRes]},
-		{"ping", &rpc.PingReq{Message: "hello, are you there?"}, decode[rpc.PingReq], theirs[pdupb.PingReq]},
-	}
-}
-
-// The budgets of allocations: none to encode where there is room, and to decode at most 0.6 of protobuf's. The receivers
-// are reused on both sides, so that they do not count. A message of a single string can do no better than its string.
+// The budgets of allocations: none to encode where there is room, and to decode at most 0.6 of protobuf's. A message of a
+// single string can do no better than its string.
 func TestMessageAllocations(t *testing.T) {
 	for _, s := range samples() {
 		encoded := encodeOurs(t, s.Message)
@@ -509,9 +332,7 @@ func TestMessageAllocations(t *testing.T) {
 		if n := testing.AllocsPerRun(100, func() { s.AppendBinary(room) }); n != 0 {
 			t.Errorf("%s: encoding allocates %v times though there is room", s.name, n)
 		}
-		m, theirs := s.Message, s.theirs()
-		oursAllocs := testing.AllocsPerRun(100, func() { m.UnmarshalBinary(encoded) })
-		theirsAllocs := testing.AllocsPerRun(100, func() { proto.Unmarshal(encoded, theirs) })
+		oursAllocs, theirsAllocs := decodeAllocs(s)
 		t.Logf("%-16s decoding allocates %6v, protobuf %6v: %.2f", s.name, oursAllocs, theirsAllocs, oursAllocs/max(theirsAllocs, 1))
 		if budget := 0.6 * theirsAllocs; oursAllocs > budget && (oursAllocs > 1 || theirsAllocs > 1) {
 			t.Errorf("%s: decoding allocates %v times, budget %v", s.name, oursAllocs, budget)
@@ -521,7 +342,7 @@ func TestMessageAllocations(t *testing.T) {
 
 func BenchmarkMessages(b *testing.B) {
 	for _, s := range samples() {
-		for _, op := range operations(b, s) {
+		for _, op := range operations(s) {
 			b.Run(op.name+"/"+s.name+"/ours", func(b *testing.B) {
 				b.ReportAllocs()
 				for b.Loop() {
@@ -536,63 +357,4 @@ func BenchmarkMessages(b *testing.B) {
 			})
 		}
 	}
-}
-
-// operation is one thing done in both ways.
-type operation struct {
-	name         string
-	budget       float64 // how many times as fast as protobuf
-	ours, theirs func()
-}
-
-func operations(t testing.TB, s sample) []operation {
-	encoded := encodeOurs(t, s.Message)
-	room := make([]byte, 0, len(encoded))
-	pb := toProto(s.Message)
-	return []operation{
-		{"encode", 2, func() { s.AppendBinary(room) }, func() { proto.MarshalOptions{}.MarshalAppend(room, pb) }},
-		{"encode_new", 2, func() { s.AppendBinary(nil) }, func() { proto.Marshal(pb) }},
-		{"decode", 1.5, func() { s.decodeOurs(encoded) }, func() { proto.Unmarshal(encoded, s.theirs()) }},
-	}
-}
-
-// TestMessageSpeed prints the medians of interleaved rounds. It judges nothing unless there are enough of them.
-func TestMessageSpeed(t *testing.T) {
-	if *messageRounds == 0 {
-		t.Skip("no -messages.rounds")
-	}
-	fmt.Fprintf(os.Stderr, "%-10s %-16s %10s %10s %6s\n", "", "", "ours ns", "protobuf", "ratio")
-	for _, s := range samples() {
-		for _, op := range operations(t, s) {
-			oursNs, theirsNs := compare(op, *messageRounds)
-			fmt.Fprintf(os.Stderr, "%-10s %-16s %10.0f %10.0f %6.2f\n", op.name, s.name, oursNs, theirsNs, theirsNs/oursNs)
-			if *messageRounds >= 9 && theirsNs < op.budget*oursNs {
-				t.Errorf("%s %s: %.2f times as fast as protobuf, budget %v", op.name, s.name, theirsNs/oursNs, op.budget)
-			}
-		}
-	}
-}
-
-// compare returns the median times of both ways in nanoseconds, of rounds that take turns.
-func compare(op operation, rounds int) (ours, theirs float64) {
-	times := max(1, int(20*time.Millisecond/max(timed(op.theirs, 3), 1)))
-	var a, b []float64
-	for range rounds {
-		runtime.GC()
-		a = append(a, float64(timed(op.ours, times)))
-		runtime.GC()
-		b = append(b, float64(timed(op.theirs, times)))
-	}
-	slices.Sort(a)
-	slices.Sort(b)
-	return a[len(a)/2], b[len(b)/2]
-}
-
-// timed is how long f takes, on average, in nanoseconds.
-func timed(f func(), times int) time.Duration {
-	start := time.Now()
-	for range times {
-		f()
-	}
-	return time.Since(start) / time.Duration(times)
 }

@@ -1,0 +1,48 @@
+// This program is measured: see size.go.
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"example.org/rpc"
+)
+
+type handler struct{ rpc.UnimplementedHandler }
+
+func (handler) Send(context.Context, *rpc.SendReq) (*rpc.SendRes, io.ReadCloser, error) {
+	return &rpc.SendRes{}, os.Stdin, nil
+}
+
+func main() {
+	config, err := rpc.ServerTLSConfig("ca", "cert", "key")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	l, err := rpc.ListenTLS("127.0.0.1:0", config, "client")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	s := rpc.NewServer(handler{}, rpc.ServerConfig{})
+	go s.Serve(l)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	clientConfig, err := rpc.ClientTLSConfig("ca", "cert", "key", "server")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	c := rpc.NewClient(&rpc.TLSConnecter{Addr: l.Addr().String(), Config: clientConfig}, rpc.ClientConfig{})
+	c.ListFilesystems(ctx, &rpc.ListFilesystemReq{})
+	_, stream, err := c.Send(ctx, &rpc.SendReq{})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	io.Copy(os.Stdout, stream)
+}
