@@ -452,8 +452,9 @@ func (c *Client) open(ctx, within context.Context) (net.Conn, error) {
 	if err != nil && nc != nil {
 		nc.Close()
 	}
+	deadline, _ := within.Deadline() // of which a dialer may know before within does
 	switch {
-	case err != nil && within.Err() != nil:
+	case err != nil && (within.Err() != nil || isTimeout(err) && !time.Now().Before(deadline)):
 		return nil, c.handshakeEnded(ctx)
 	case err != nil:
 		return nil, &lostError{what: "cannot connect", cause: err}
@@ -481,6 +482,9 @@ func (c *Client) handshakeEnded(ctx context.Context) error {
 			return ErrClosed
 		}
 		return ctx.Err()
+	}
+	if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
+		return context.DeadlineExceeded
 	}
 	return &lostError{what: "handshake not done within " + c.config.HandshakeTimeout.String(), cause: os.ErrDeadlineExceeded}
 }

@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -14,11 +15,12 @@ import (
 )
 
 const (
-	// chunkSize is the most of a stream that one frame of ours carries. A larger one is not faster, and a smaller one
-	// costs system calls; 64 KiB is the worst on a loopback, whose segments are a little smaller.
-	chunkSize = 32 << 10
-	// streamBuffer is the read buffer of a connection that receives a stream.
-	streamBuffer = 64 << 10
+	// chunkSize is the most of a stream that one frame of ours carries: with its header a segment of a loopback, which is
+	// the best that was measured. A little more would be the worst; real networks do not care.
+	chunkSize = 65483 - headerSize
+	// streamBuffer is the read buffer of a connection that receives a stream: more than a frame, so that the next header
+	// comes with it, and less than a stream may cost.
+	streamBuffer = 96 << 10
 	// maxEmptyReads is how often in a row a source may return nothing and no error.
 	maxEmptyReads = 100
 	// serverIdleTimeout is how long a server keeps a data connection on which nothing is in progress. A client closes
@@ -395,7 +397,9 @@ func (d *dataClient) reusable() bool { return !d.goaway && d.c.ended() == nil }
 // rest begins the time between two requests.
 func (d *dataClient) rest() {
 	d.c.stopPulse()
-	d.c.shrink()
+	if d.c.ended() == nil { // otherwise somebody may still be reading into the buffer
+		d.c.shrink()
+	}
 }
 
 // watchIdle returns when the idle connection ended, said anything but heartbeats, was idle for too long, or was
@@ -442,7 +446,6 @@ func (d *dataClient) upload(r io.Reader, closer *sourceCloser) (res result, sour
 		}
 	}()
 	total, readErr, writeErr := d.c.sendStream(r)
-	returned = true
 	if readErr != nil && d.c.ended() == nil {
 		complete.Store(true)
 		if d.c.write(outcomeFrame(frameFail, nil, readErr)) == nil {
@@ -452,6 +455,7 @@ func (d *dataClient) upload(r io.Reader, closer *sourceCloser) (res result, sour
 		complete.Store(true)
 		d.c.write(uint64Frame(frameEnd, total))
 	}
+	returned = true
 	<-listened
 	return res, sourceErr
 }
@@ -559,8 +563,10 @@ type dataServer struct {
 	busy     bool // a request is in progress
 	draining bool // no further request is started
 	spent    bool // an upload failed: the client may still be sending, so that no further request can be found
+	lingers  bool // the connection's goroutine reads no requests any more
 	served   uint64
 
+	ended  time.Time          // when the latest request ended; written by its worker
 	worker chan struct{}      // closed when the latest worker has returned; nil before the first
 	cancel context.CancelFunc // ends the latest worker's context
 }
@@ -579,6 +585,7 @@ type serverStream struct {
 	result  []byte
 	ended   chan struct{} // closed when nothing of the stream is left to be read
 	release func() bool   // of what interrupts reads when ctx ends
+	reading sync.Mutex    // held by the handler's reads
 	handled atomic.Bool   // the handler has returned: it may not read any more
 }
 
@@ -645,14 +652,41 @@ func (d *dataServer) end(err error) error {
 	}
 	d.join()
 	d.c.stopPulse()
+	d.mu.Lock()
+	d.lingers = true
+	d.mu.Unlock()
 	switch {
 	case err == io.EOF:
 	case d.spent:
-		d.c.linger(nil)
+		d.c.linger()
 	default:
-		d.c.linger(uint64Frame(frameGoaway, d.served))
+		d.sayGoaway()
 	}
 	return d.c.fail(errPolite)
+}
+
+// sayGoaway ends the connection after its last request. The client may still be reading the stream of that from the
+// kernel's buffers: then it sends heartbeats, and closing would make TCP throw the rest away. So it is left alone until it
+// ends the connection or falls silent.
+func (d *dataServer) sayGoaway() {
+	d.c.resume()
+	said := make(chan struct{})
+	go func() { // ends with the write or the connection; sayGoaway waits for it
+		defer close(said)
+		d.c.write(uint64Frame(frameGoaway, d.served))
+		d.c.shutWrite()
+	}()
+	heartbeat := d.c.theirs.heartbeat
+	wait := max(lingerTime, heartbeat+heartbeat/watchesPerInterval-time.Since(d.ended))
+	for {
+		d.c.setReadDeadline(time.Now().Add(wait))
+		if _, err := d.c.readSome(d.c.buf); err != nil {
+			break
+		}
+		wait = patience * heartbeat
+	}
+	d.c.close()
+	<-said
 }
 
 // readRequest reads a request and starts its worker.
@@ -708,8 +742,10 @@ func (d *dataServer) lendReader(s *serverStream) error {
 	case <-s.ended:
 		return nil
 	case <-d.worker:
-		if s.err == nil || s.err == errInterrupted {
-			return errInterrupted // spent
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if d.spent {
+			return errInterrupted
 		}
 		return nil
 	case <-d.c.done:
@@ -729,7 +765,7 @@ func (d *dataServer) work(s *serverStream, q request) {
 	}()
 	f, err := d.accept(s.kind, string(q.name))
 	if err == nil {
-		err = s.run(f, q.body)
+		err = f(s.ctx, q.body, s)
 	}
 	recycleBody(q.body)
 	returned = true
@@ -738,10 +774,14 @@ func (d *dataServer) work(s *serverStream, q request) {
 	d.busy = false // before the client can know that it is over, and send its next request
 	d.spent = !reusable
 	d.mu.Unlock()
+	if s.limited {
+		s.limitWrites() // closing the source may have taken its time
+	}
 	d.c.write(last)
 	if s.limited {
 		d.c.nc.SetWriteDeadline(time.Time{})
 	}
+	d.ended = time.Now()
 	d.c.stopPulse()
 	d.c.setReadDeadline(time.Now().Add(serverIdleTimeout))
 	d.stopIfIdle()
@@ -758,22 +798,31 @@ func (d *dataServer) drain() {
 // stopIfIdle wakes the connection's goroutine when no further request is to be served.
 func (d *dataServer) stopIfIdle() {
 	d.mu.Lock()
-	stop := !d.busy && (d.spent || d.draining)
-	d.mu.Unlock()
-	if stop {
+	defer d.mu.Unlock()
+	if !d.busy && !d.lingers && (d.spent || d.draining) {
 		d.c.interrupt()
 	}
 }
 
-// run calls the handler. The end of an upload's ctx makes its reads end.
-func (s *serverStream) run(f streamFunc, body []byte) error {
-	if s.kind == frameDownload {
-		return f(s.ctx, body, s)
-	}
+// receive has handle read the stream of an upload, until it returns. The end of ctx makes its reads end.
+func (s *serverStream) receive(ctx context.Context, handle func(r io.Reader) error) error {
 	s.c.grow()
-	s.release = whenDone(s.ctx, s.c.interrupt)
-	err := f(s.ctx, body, s)
+	s.ctx = ctx
+	s.release = whenDone(ctx, s.c.interrupt)
+	returned := false
+	defer func() {
+		if !returned { // it panicked
+			s.handled.Store(true)
+		}
+	}()
+	err := handle(uploadBody{s})
+	returned = true
 	s.handled.Store(true)
+	if !s.reading.TryLock() { // a Read was left behind, and has the connection
+		s.c.interrupt()
+		return cmp.Or(err, errUnread)
+	}
+	defer s.reading.Unlock()
 	if err == nil {
 		err = s.complete()
 	}
@@ -806,25 +855,30 @@ func (s *serverStream) send(ctx context.Context, result []byte, stream io.ReadCl
 	}
 	closer := s.closer(stream)
 	defer closer.close()
-	if err := s.sendResult(result); err != nil {
-		return err
-	}
 	release := whenDone(ctx, func() {
 		// What is left to say gets a little time to be written, though the client may not be reading.
-		s.c.nc.SetWriteDeadline(time.Now().Add(lingerTime))
-		s.limited = true
+		s.limitWrites()
 		closer.close()
 	})
 	defer release()
+	if err := s.sendResult(result); err != nil {
+		return err
+	}
 	total, readErr, writeErr := s.c.sendStream(stream)
 	s.total = total
 	switch {
 	case writeErr != nil:
 		return writeErr
-	case readErr != nil && ctx.Err() != nil:
+	case ctx.Err() != nil: // also if the source calls its closing io.EOF
 		return ctx.Err()
 	}
 	return readErr
+}
+
+// limitWrites gives what is left to be said a little time to be written.
+func (s *serverStream) limitWrites() {
+	s.c.nc.SetWriteDeadline(time.Now().Add(lingerTime))
+	s.limited = true
 }
 
 func (s *serverStream) closer(stream io.Reader) *sourceCloser {
@@ -844,6 +898,8 @@ type uploadBody struct{ s *serverStream }
 
 // Read reads from the stream. io.EOF means that it is complete.
 func (b uploadBody) Read(p []byte) (int, error) {
+	b.s.reading.Lock()
+	defer b.s.reading.Unlock()
 	if b.s.handled.Load() {
 		return 0, ErrClosed
 	}
@@ -853,6 +909,8 @@ func (b uploadBody) Read(p []byte) (int, error) {
 
 // WriteTo writes the rest of the stream to w; io.Copy calls it.
 func (b uploadBody) WriteTo(w io.Writer) (int64, error) {
+	b.s.reading.Lock()
+	defer b.s.reading.Unlock()
 	if b.s.handled.Load() {
 		return 0, ErrClosed
 	}
@@ -885,6 +943,9 @@ func (s *serverStream) hasEnded() bool {
 	}
 }
 
+// errUnread is the error for a handler that calls an upload a success of which it has not seen the end.
+var errUnread error = &Error{Code: FailedPrecondition, Message: "the handler did not read the stream to its end"}
+
 // complete makes sure that a handler which returned success has missed nothing: it may have read all bytes without
 // having seen the end, which then has to be next.
 func (s *serverStream) complete() error {
@@ -895,7 +956,7 @@ func (s *serverStream) complete() error {
 	case s.err == io.EOF:
 		return nil
 	case s.err == nil, s.err == errInterrupted && s.ctx.Err() == nil:
-		return &Error{Code: FailedPrecondition, Message: "the handler did not read the stream to its end"}
+		return errUnread
 	case s.err == errInterrupted:
 		return s.ctx.Err()
 	}

@@ -203,13 +203,10 @@ func closeWrite(nc net.Conn) {
 	}
 }
 
-// linger says last words if there are any, closes the sending direction, throws away what still comes for a short time,
-// and closes. A peer that does not read cannot hold it up.
-func (c *frameConn) linger(lastWords []byte) {
+// linger closes the sending direction, throws away what still comes for a short time, and closes. A peer that does not
+// read cannot hold it up.
+func (c *frameConn) linger() {
 	c.nc.SetWriteDeadline(time.Now().Add(lingerTime))
-	if len(lastWords) > 0 {
-		c.write(lastWords)
-	}
 	c.shutWrite()
 	discard(c.nc, math.MaxInt64)
 	c.close()
@@ -258,9 +255,22 @@ func (c *frameConn) writeLocked(frames []byte) (touched bool, err error) {
 		<-c.writing
 		return true, nil
 	}
-	// The lock stays taken: nothing may follow half a frame.
+	// The lock stays taken: nothing may follow half a frame. Why the peer left may be on its way to the reader.
+	if c.listening.Load() {
+		c.awaitEnd(lingerTime)
+	}
 	// A TLS connection that writes several records at once does not know which the peer has; half a record is none.
 	return n != 0 || c.raw != nil && len(frames) > tlsRecord, c.lost(err)
+}
+
+// awaitEnd waits for the connection's end, but not for long.
+func (c *frameConn) awaitEnd(most time.Duration) {
+	timer := time.NewTimer(most)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-c.done:
+	}
 }
 
 // awaitAnswered returns when the answer of a server is written: before that, nothing is acted on.

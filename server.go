@@ -277,15 +277,17 @@ func HandleUpload[T any, Req interface {
 		if err != nil {
 			return err
 		}
-		res, err := f(ctx, req, uploadBody{x})
-		if err != nil {
+		return x.receive(ctx, func(r io.Reader) error {
+			res, err := f(ctx, req, r)
+			if err != nil {
+				return err
+			}
+			x.result, err = appendResult(nil, res)
+			if err == nil {
+				err = checkBody(len(x.result), x.c.theirs.maxBody)
+			}
 			return err
-		}
-		x.result, err = appendResult(nil, res)
-		if err == nil {
-			err = checkBody(len(x.result), x.c.theirs.maxBody)
-		}
-		return err
+		})
 	})
 }
 
