@@ -654,19 +654,6 @@ func (c *frameConn) readPayload(p []byte) (int, error) {
 	return 0, nil
 }
 
-// skip reads n bytes of a payload and throws them away.
-func (c *frameConn) skip(n int) error {
-	for n > 0 {
-		if err := c.fill(1); err != nil {
-			return noEOF(err)
-		}
-		m := min(n, c.w-c.r)
-		c.r += m
-		n -= m
-	}
-	return nil
-}
-
 // outcome reads the last n bytes of a reply, a result or a fail: a code, then a body or an error text. failed is that
 // error. err is one of the connection.
 func (c *frameConn) outcome(n int) (body []byte, failed *Error, err error) {

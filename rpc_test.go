@@ -31,6 +31,7 @@ import (
 	"iter"
 	"log"
 	"log/slog"
+	"math"
 	"math/big"
 	"math/rand/v2"
 	"net"
@@ -5756,21 +5757,21 @@ type transportServerEnd struct {
 // transportConnect connects, accepts and authenticates. Both ends are closed with the test.
 func transportConnect(t *testing.T, l *rpc.Listener, c rpc.Connecter) (net.Conn, transportServerEnd) {
 	t.Helper()
-	client, err, server := transportTry(t, l, c)
+	client, server, err := transportTry(t, l, c)
 	if err != nil {
 		t.Fatalf("client: %v; server: %v", err, server.err)
 	}
 	return client, server
 }
 
-func transportTry(t *testing.T, l *rpc.Listener, c rpc.Connecter) (net.Conn, error, transportServerEnd) {
+func transportTry(t *testing.T, l *rpc.Listener, c rpc.Connecter) (net.Conn, transportServerEnd, error) {
 	t.Helper()
 	accepted := transportAccept(t, l)
 	client, err := c.Connect(t.Context())
 	if err == nil {
 		t.Cleanup(func() { client.Close() })
 	}
-	return client, err, <-accepted
+	return client, <-accepted, err
 }
 
 // transportAccept authenticates the next connection, and closes it at once if that fails, as a server does.
@@ -6020,7 +6021,7 @@ func TestTransportTLSServerCertificates(t *testing.T) {
 			l := transportListenTLS(t, server)
 			config := ca.clientConfig(ca.make("db7", nil))
 			config.ServerName = c.serverName
-			_, err, end := transportTry(t, l, &rpc.TLSConnecter{Addr: l.Addr().String(), Config: config})
+			_, end, err := transportTry(t, l, &rpc.TLSConnecter{Addr: l.Addr().String(), Config: config})
 			if (err == nil) != (c.as == nil) || (end.err == nil) != (c.as == nil) {
 				t.Fatalf("client: %v; server: %v", err, end.err)
 			}
@@ -6304,14 +6305,14 @@ func TestTransportTLSConfigsAreStrict(t *testing.T) {
 
 	old := client.Clone()
 	old.MinVersion, old.MaxVersion = tls.VersionTLS12, tls.VersionTLS12
-	_, err, end := transportTry(t, l, &rpc.TLSConnecter{Addr: l.Addr().String(), Config: old})
+	_, end, err := transportTry(t, l, &rpc.TLSConnecter{Addr: l.Addr().String(), Config: old})
 	transportErrorHas(t, err, "TLS handshake with", "version")
 	transportErrorHas(t, end.err, "TLS handshake", "version")
 
 	oldServer := server.Clone()
 	oldServer.MinVersion, oldServer.MaxVersion = tls.VersionTLS12, tls.VersionTLS12
 	l12 := transportListenTLS(t, oldServer)
-	_, err, end = transportTry(t, l12, &rpc.TLSConnecter{Addr: l12.Addr().String(), Config: client})
+	_, end, err = transportTry(t, l12, &rpc.TLSConnecter{Addr: l12.Addr().String(), Config: client})
 	transportErrorHas(t, err, "TLS handshake with", "version")
 	transportErrorHas(t, end.err, "TLS handshake")
 
@@ -7723,3 +7724,672 @@ func TestAnEarlyErrorOfAFastUploadArrives(t *testing.T) {
 type readerFunc func(p []byte) (int, error)
 
 func (r readerFunc) Read(p []byte) (int, error) { return r(p) }
+
+// ---- Found by review ----------------------------------------------------------------------------------------------
+
+type chanSource struct {
+	once sync.Once
+	stop chan struct{}
+	sent bool
+}
+
+type slowSink struct {
+	entered chan struct{}
+	goOn    chan struct{}
+	want    byte
+	bad     *atomic.Int64
+	once    sync.Once
+}
+
+type fill struct {
+	b byte
+	n int
+}
+
+type slowClose struct{ chanSource }
+
+type notify struct {
+	fill
+	sent chan struct{}
+}
+
+type closeNote struct {
+	fill
+	c chan time.Time
+}
+
+func (s *chanSource) Read(p []byte) (int, error) {
+	if !s.sent {
+		s.sent = true
+		return copy(p, "half"), nil
+	}
+	<-s.stop
+	return 0, io.EOF
+}
+
+func (w *slowSink) Write(p []byte) (int, error) {
+	w.once.Do(func() { close(w.entered); <-w.goOn })
+	for _, b := range p {
+		if b != w.want {
+			w.bad.Add(1)
+			return len(p), nil
+		}
+	}
+	return len(p), nil
+}
+
+func (f *fill) Read(p []byte) (int, error) {
+	if f.n <= 0 {
+		return 0, io.EOF
+	}
+	n := min(len(p), f.n)
+	for i := range p[:n] {
+		p[i] = f.b
+	}
+	f.n -= n
+	return n, nil
+}
+
+func (s *slowClose) Read(p []byte) (int, error) {
+	n, err := s.chanSource.Read(p)
+	if err == io.EOF {
+		err = errors.New("killed")
+	}
+	return n, err
+}
+
+func (n *closeNote) Close() error {
+	select {
+	case n.c <- time.Now():
+	default:
+	}
+	return nil
+}
+
+func (s *chanSource) Close() error { s.once.Do(func() { close(s.stop) }); return nil }
+
+func (f *fill) Close() error { return nil }
+
+func (s *slowClose) Close() error {
+	s.chanSource.Close()
+	time.Sleep(1500 * time.Millisecond)
+	return nil
+}
+
+func (n *notify) Close() error { close(n.sent); return nil }
+
+func rawData(t testing.TB, l *memListener) net.Conn {
+	nc, err := l.Connect(context.Background())
+	check(t, err)
+	say(t, nc, banner+label("zrepl_data"))
+	expect(t, nc, answer)
+	return nc
+}
+
+type logFunc func(msg string, args ...any)
+
+func (f logFunc) DebugContext(_ context.Context, msg string, args ...any) { f(msg, args...) }
+func (f logFunc) InfoContext(_ context.Context, msg string, args ...any)  { f(msg, args...) }
+func (f logFunc) WarnContext(_ context.Context, msg string, args ...any)  { f(msg, args...) }
+func (f logFunc) ErrorContext(_ context.Context, msg string, args ...any) { f(msg, args...) }
+
+type closeCounter struct {
+	net.Conn
+	n *atomic.Int32
+}
+
+func (c closeCounter) Close() error { c.n.Add(1); return c.Conn.Close() }
+
+type panicky struct{}
+
+func (panicky) AppendBinary(b []byte) ([]byte, error) { return b, nil }
+func (panicky) UnmarshalBinary([]byte) error          { panic("boom") }
+
+// TestCallTimeoutHoldsWhileTheQueueIsFull: a call that waits for room in the queue is bounded, too.
+func TestCallTimeoutHoldsWhileTheQueueIsFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cl, sv := newMemConns()
+		c := rpc.NewClient(rpc.ConnecterFunc(func(context.Context) (net.Conn, error) { return cl, nil }),
+			rpc.ClientConfig{CallTimeout: time.Minute})
+		go func() { // a server that is alive, but does not read
+			say(t, sv, answer)
+			for {
+				if _, err := sv.Write([]byte(frame(tHeartbeat))); err != nil {
+					return
+				}
+				time.Sleep(time.Second)
+			}
+		}()
+		big := strings.Repeat("x", 300<<10)
+		go c.Call(context.Background(), "m", textOf(big), nil)
+		synctest.Wait()
+		go c.Call(context.Background(), "m", textOf(big), nil)
+		synctest.Wait()
+		done := make(chan error, 1)
+		go func() { done <- c.Call(context.Background(), "m", textOf("small"), nil) }()
+		select {
+		case err := <-done:
+			if !errors.Is(err, context.DeadlineExceeded) {
+				t.Error(err)
+			}
+		case <-time.After(time.Hour):
+			t.Error("a call with CallTimeout 1m has not returned after 1h")
+		}
+		c.Close()
+		sv.Close()
+		time.Sleep(2 * time.Second)
+	})
+}
+
+// TestALoggerMayUseTheClient: the client holds no lock while it logs.
+func TestALoggerMayUseTheClient(t *testing.T) {
+	var c *rpc.Client
+	c = rpc.NewClient(rpc.ConnecterFunc(func(context.Context) (net.Conn, error) { return nil, errors.New("no") }),
+		rpc.ClientConfig{Logger: logFunc(func(msg string, _ ...any) {
+			if msg == "cannot connect" {
+				c.ResetConnectBackoff()
+			}
+		})})
+	done := make(chan error, 1)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	go func() { done <- c.Call(ctx, "m", nil, nil) }()
+	select {
+	case <-done:
+	case <-time.After(3 * time.Second):
+		t.Error("Call hangs in spite of its ctx")
+	}
+	closed := make(chan struct{})
+	go func() { c.Close(); close(closed) }()
+	select {
+	case <-closed:
+	case <-time.After(3 * time.Second):
+		t.Error("Close hangs")
+	}
+}
+
+// TestDialAfterCloseFails: also before the connection is made.
+func TestDialAfterCloseFails(t *testing.T) {
+	got := 0
+	for range 50 {
+		c := rpc.NewClient(rpc.ConnecterFunc(func(context.Context) (net.Conn, error) {
+			cl, sv := newMemConns()
+			io.WriteString(sv, answer)
+			return cl, nil
+		}), rpc.ClientConfig{})
+		c.Close()
+		nc, err := c.Dial(context.Background(), "mine")
+		if err == nil {
+			got++
+			nc.Close()
+		}
+	}
+	if got > 0 {
+		t.Errorf("%d of 50 Dials after Close succeeded", got)
+	}
+}
+
+// TestHandshakesThatGiveWayEnd: their Authenticate ends, and each counts once.
+func TestHandshakesThatGiveWayEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		s := rpc.NewServer(nil, rpc.ServerConfig{MaxHandshakes: 4})
+		var running atomic.Int32
+		go s.Serve(&rpc.Listener{Listener: l, Authenticate: func(ctx context.Context, nc net.Conn) (net.Conn, string, error) {
+			running.Add(1)
+			defer running.Add(-1)
+			<-ctx.Done() // as one that asks a directory service
+			return nil, "", ctx.Err()
+		}})
+		for range 1000 {
+			_, err := l.Connect(t.Context())
+			check(t, err)
+		}
+		synctest.Wait()
+		if n := running.Load(); n > 8 {
+			t.Errorf("%d Authenticates run at once, MaxHandshakes is 4", n)
+		}
+		time.Sleep(time.Minute)
+		if n := s.Stats().HandshakesRefused; n != 1000 {
+			t.Errorf("%d refused of 1000 connections", n)
+		}
+		s.Close()
+	})
+}
+
+// TestTheSecuredConnectionOfARefusedClientIsClosed: not only what lies beneath it.
+func TestTheSecuredConnectionOfARefusedClientIsClosed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		var closes atomic.Int32
+		s := rpc.NewServer(nil, rpc.ServerConfig{})
+		go s.Serve(&rpc.Listener{Listener: l, Authenticate: func(ctx context.Context, nc net.Conn) (net.Conn, string, error) {
+			return closeCounter{nc, &closes}, "tester", nil
+		}})
+		c := rpc.NewClient(l, rpc.ClientConfig{})
+		_, err := c.Dial(t.Context(), "nobody")
+		t.Log(err)
+		c.Close()
+		time.Sleep(time.Minute)
+		s.Close()
+		if closes.Load() == 0 {
+			t.Error("secured was never closed")
+		}
+	})
+}
+
+// TestLogsQuoteThePeersText: nothing of an unknown peer reaches the log as it came.
+func TestLogsQuoteThePeersText(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		s := rpc.NewServer(nil, rpc.ServerConfig{Logger: logFunc(func(msg string, args ...any) {
+			for i := 1; i < len(args); i += 2 {
+				if v, ok := args[i].(string); ok && strings.ContainsAny(v, "\n\x1b") {
+					t.Errorf("%s: %v = %q", msg, args[i-1], v)
+				}
+			}
+		})})
+		go s.Serve(&rpc.Listener{Listener: l, Authenticate: func(ctx context.Context, nc net.Conn) (net.Conn, string, error) {
+			return nc, "x\nlevel=ERROR", errors.New("unknown")
+		}})
+		nc, err := l.Connect(t.Context())
+		check(t, err)
+		say(t, nc, banner+label("\x1b[2Jx\nlevel=ERROR msg=forged"))
+		io.ReadAll(nc)
+		nc.Close()
+		s.Close()
+	})
+}
+
+// TestAClientThatDoesNotReadItsRepliesIsGivenUp: a client that neither reads nor speaks does not keep its handlers for ever.
+func TestAClientThatDoesNotReadItsRepliesIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		s := rpc.NewServer(nil, rpc.ServerConfig{})
+		ended := make(chan struct{})
+		rpc.HandleCall(s, "wait", func(ctx context.Context, _ *text) (*text, error) { <-ctx.Done(); close(ended); return nil, ctx.Err() })
+		rpc.HandleCall(s, "echo", func(ctx context.Context, r *text) (*text, error) { return r, nil })
+		go s.Serve(l.listener())
+		nc, err := l.Connect(t.Context())
+		check(t, err)
+		say(t, nc, banner+label("zrepl_control")+frame(tCall, uint64(1), uint64(0), str8("wait")))
+		synctest.Wait()
+		for id := range 400 {
+			nc.SetWriteDeadline(time.Now().Add(time.Second))
+			if _, err := io.WriteString(nc, frame(tCall, uint64(id+2), uint64(0), str8("echo"), strings.Repeat("x", 10000))); err != nil {
+				t.Log("stuck after", id)
+				break
+			}
+		}
+		// stopped here: no read, no heartbeat, for a day
+		select {
+		case <-ended:
+		case <-time.After(24 * time.Hour):
+			t.Error("after a day of silence the handler's ctx has not ended; open:", s.Stats().OpenConns)
+		}
+		nc.Close()
+		s.Close()
+	})
+}
+
+// TestAPanicOfAResultLeaksNoConnection: the panic is the caller's, the connection is ours.
+func TestAPanicOfAResultLeaksNoConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		s := rpc.NewServer(nil, rpc.ServerConfig{})
+		serve(t, s, l.listener())
+		c := rpc.NewClient(l, rpc.ClientConfig{IdleTimeout: -1})
+		ctx, cancel := context.WithCancel(context.Background())
+		for range 5 {
+			func() {
+				defer func() { recover() }()
+				c.Download(ctx, "ping", nil, panicky{})
+			}()
+		}
+		cancel()
+		time.Sleep(200 * time.Millisecond)
+		if n := c.Stats().OpenConns; n != 0 {
+			t.Errorf("client: %d open connections after ctx ended and IdleTimeout -1", n)
+		}
+		c.Close()
+		check(t, c.Close())
+	})
+}
+
+// TestASourceThatEndsWithItsCtxIsNotComplete: a stream whose ctx has ended is cut short, whatever its source says.
+func TestASourceThatEndsWithItsCtxIsNotComplete(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		s := rpc.NewServer(nil, rpc.ServerConfig{Intercept: func(ctx context.Context, _ rpc.CallInfo, h func(context.Context)) {
+			ctx, cancel := context.WithTimeout(ctx, time.Second)
+			defer cancel()
+			h(ctx)
+		}})
+		rpc.HandleDownload(s, "d", func(ctx context.Context, req *text) (*text, io.ReadCloser, error) {
+			return textOf("r"), &chanSource{stop: make(chan struct{})}, nil
+		})
+		serve(t, s, l.listener())
+		c := rpc.NewClient(l, rpc.ClientConfig{})
+		defer c.Close()
+		st, err := c.Download(context.Background(), "d", nil, nil)
+		check(t, err)
+		b, err := io.ReadAll(st)
+		if err == nil {
+			t.Errorf("cut-short stream looks complete: %q, nil", b)
+		}
+	})
+}
+
+// TestATimeoutIsNeverAnEnd: the same on the wire, for the caller's own timeout.
+func TestATimeoutIsNeverAnEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		s := rpc.NewServer(nil, rpc.ServerConfig{})
+		rpc.HandleDownload(s, "d", func(ctx context.Context, req *text) (*text, io.ReadCloser, error) {
+			return textOf("r"), &chanSource{stop: make(chan struct{})}, nil
+		})
+		serve(t, s, l.listener())
+		nc := rawData(t, l)
+		defer nc.Close()
+		say(t, nc, frame(tDownload, uint64(time.Second), str8("d")))
+		for {
+			k, p, err := readFrame(nc)
+			check(t, err)
+			if k == tEnd {
+				t.Errorf("timeout ended with end %x, want fail deadline-exceeded", p)
+				return
+			}
+			if k == tFail {
+				return
+			}
+		}
+	})
+}
+
+// TestCloseWhileASinkWritesDamagesNoStream: Close takes no buffer away from a sink that is writing it.
+func TestCloseWhileASinkWritesDamagesNoStream(t *testing.T) {
+	for _, tr := range transports[2:] {
+		t.Run(tr.name, func(t *testing.T) {
+			l, cn := tr.make(t)
+			s := rpc.NewServer(nil, rpc.ServerConfig{})
+			rpc.HandleDownload(s, "d", func(ctx context.Context, req *text) (*text, io.ReadCloser, error) {
+				return textOf("r"), &fill{(*req)[0], 1 << 20}, nil
+			})
+			serve(t, s, l)
+			c := rpc.NewClient(cn, rpc.ClientConfig{})
+			defer c.Close()
+			var bad atomic.Int64
+			for range 20 {
+				st, err := c.Download(context.Background(), "d", textOf("A"), nil)
+				check(t, err)
+				sink := &slowSink{entered: make(chan struct{}), goOn: make(chan struct{}), want: 'A', bad: &bad}
+				done := make(chan struct{})
+				go func() { defer close(done); io.Copy(sink, st) }()
+				<-sink.entered
+				st.Close()
+				st2, err := c.Download(context.Background(), "d", textOf("B"), nil)
+				check(t, err)
+				_, err = io.Copy(io.Discard, st2)
+				check(t, err)
+				st2.Close()
+				close(sink.goOn)
+				<-done
+			}
+			if bad.Load() > 0 {
+				t.Errorf("a sink got another stream's bytes %d times", bad.Load())
+			}
+		})
+	}
+}
+
+// TestASourceThatTakesItsTimeToClose: the fail frame still arrives.
+func TestASourceThatTakesItsTimeToClose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		s := rpc.NewServer(nil, rpc.ServerConfig{})
+		rpc.HandleDownload(s, "d", func(ctx context.Context, req *text) (*text, io.ReadCloser, error) {
+			return textOf("r"), &slowClose{chanSource{stop: make(chan struct{})}}, nil
+		})
+		serve(t, s, l.listener())
+		nc := rawData(t, l)
+		defer nc.Close()
+		say(t, nc, frame(tDownload, uint64(time.Second), str8("d")))
+		for {
+			k, _, err := readFrame(nc)
+			if err != nil {
+				t.Errorf("want fail deadline-exceeded, got %v", err)
+				return
+			}
+			if k == tFail {
+				return
+			}
+		}
+	})
+}
+
+// TestADeadlineBoundsAClientThatDoesNotRead: also while the result is being written.
+func TestADeadlineBoundsAClientThatDoesNotRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, big := range []int{10, 1 << 20} {
+			l := newMemListener()
+			s := rpc.NewServer(nil, rpc.ServerConfig{})
+			closed := make(chan time.Time, 1)
+			rpc.HandleDownload(s, "d", func(ctx context.Context, req *text) (*text, io.ReadCloser, error) {
+				return textOf(string(make([]byte, big))), &closeNote{fill{'A', 1 << 30}, closed}, nil
+			})
+			served := make(chan error, 1)
+			go func() { served <- s.Serve(l.listener()) }()
+			nc := rawData(t, l)
+			go func() {
+				for {
+					time.Sleep(5 * time.Second)
+					if _, err := io.WriteString(nc, frame(tHeartbeat)); err != nil {
+						return
+					}
+				}
+			}()
+			say(t, nc, frame(tDownload, uint64(time.Second), str8("d")))
+			began := time.Now()
+			select {
+			case at := <-closed:
+				t.Logf("result %d: source closed after %v", big, at.Sub(began))
+			case <-time.After(time.Hour):
+				t.Errorf("result %d: with a timeout of 1s the source is not closed after an hour", big)
+			}
+			s.Close()
+			nc.Close()
+			<-served
+			time.Sleep(time.Minute)
+		}
+	})
+}
+
+// TestShutdownDoesNotCutWhatIsStillBeingRead: Shutdown waits for what the client has not read yet.
+func TestShutdownDoesNotCutWhatIsStillBeingRead(t *testing.T) {
+	for _, tr := range transports[2:] {
+		t.Run(tr.name, func(t *testing.T) {
+			l, cn := tr.make(t)
+			s := rpc.NewServer(nil, rpc.ServerConfig{})
+			const size = 600 << 10
+			sent := make(chan struct{})
+			rpc.HandleDownload(s, "d", func(ctx context.Context, req *text) (*text, io.ReadCloser, error) {
+				return textOf("r"), &notify{fill{'A', size}, sent}, nil
+			})
+			serve(t, s, l)
+			c := rpc.NewClient(cn, rpc.ClientConfig{HeartbeatInterval: 200 * time.Millisecond})
+			defer c.Close()
+			st, err := c.Download(context.Background(), "d", nil, nil)
+			check(t, err)
+			select {
+			case <-sent:
+			case <-time.After(5 * time.Second): // there are smaller socket buffers
+			}
+			down := make(chan error, 1)
+			go func() { down <- s.Shutdown(context.Background()) }()
+			<-time.After(2 * time.Second) // the sink stalls
+			n, err := io.Copy(io.Discard, st)
+			if err != nil || n != size {
+				t.Errorf("Shutdown let the stream end, but the client has %d of %d: %v", n, size, err)
+			}
+			check(t, <-down)
+		})
+	}
+}
+
+// TestShutdownDoesNotCutALinger: one that has failed keeps its second for the client to read why.
+func TestShutdownDoesNotCutALinger(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		s := rpc.NewServer(nil, rpc.ServerConfig{})
+		rpc.HandleUpload(s, "u", func(ctx context.Context, req *text, r io.Reader) (*text, error) {
+			return nil, errors.New("disk full")
+		})
+		serve(t, s, l.listener())
+		nc := rawData(t, l)
+		defer nc.Close()
+		say(t, nc, frame(tUpload, uint64(0), str8("u")))
+		time.Sleep(100 * time.Millisecond)
+		began := time.Now()
+		go s.Shutdown(context.Background())
+		for {
+			if _, err := nc.Write(make([]byte, 1000)); err != nil {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		if d := time.Since(began); d < 500*time.Millisecond {
+			t.Errorf("the server drained for %v after Shutdown, with 900ms left", d)
+		}
+	})
+}
+
+// TestStatsCountUnreadUploads: an upload that was not read to its end has failed.
+func TestStatsCountUnreadUploads(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		s := rpc.NewServer(nil, rpc.ServerConfig{})
+		rpc.HandleUpload(s, "u", func(ctx context.Context, req *text, r io.Reader) (*text, error) {
+			return textOf("ok"), nil
+		})
+		serve(t, s, l.listener())
+		c := rpc.NewClient(l, rpc.ClientConfig{})
+		defer c.Close()
+		t.Log(c.Upload(context.Background(), "u", nil, bytes.NewReader(make([]byte, 100000)), nil))
+		time.Sleep(5 * time.Second)
+		if st := s.Stats(); st.StreamsFailed != 1 {
+			t.Errorf("server: %+v", st)
+		}
+	})
+}
+
+// TestACtxOfInterceptEndsAnUploadsReads: its handler's reads end with the ctx that the handler has.
+func TestACtxOfInterceptEndsAnUploadsReads(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		s := rpc.NewServer(nil, rpc.ServerConfig{Intercept: func(ctx context.Context, _ rpc.CallInfo, h func(context.Context)) {
+			ctx, cancel := context.WithTimeout(ctx, time.Second)
+			defer cancel()
+			h(ctx)
+		}})
+		rpc.HandleUpload(s, "u", func(ctx context.Context, req *text, r io.Reader) (*text, error) {
+			_, err := io.Copy(io.Discard, r)
+			return textOf(""), err
+		})
+		serve(t, s, l.listener())
+		c := rpc.NewClient(l, rpc.ClientConfig{})
+		defer c.Close()
+		ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+		defer cancel()
+		began := time.Now()
+		err := c.Upload(ctx, "u", nil, &chanSource{stop: make(chan struct{})}, nil)
+		if d := time.Since(began); d > time.Minute {
+			t.Errorf("the handler's ctx ended after 1s, its Read after %v: %v", d, err)
+		}
+	})
+}
+
+// TestAnErrorWhoseMethodsPanicIsContained: the classic is a nil pointer in an error.
+func TestAnErrorWhoseMethodsPanicIsContained(t *testing.T) {
+	overTransports(t, func(s *rpc.Server) {
+		typedNil := func() error { var e *os.PathError; return e }
+		rpc.HandleCall(s, "nil", func(context.Context, *text) (*text, error) { return nil, typedNil() })
+		rpc.HandleCall(s, "rpc", func(context.Context, *text) (*text, error) { var e *rpc.Error; return nil, e })
+		rpc.HandleDownload(s, "nil", func(context.Context, *text) (*text, io.ReadCloser, error) { return nil, nil, typedNil() })
+		rpc.HandleDownload(s, "source", func(context.Context, *text) (*text, io.ReadCloser, error) {
+			return new(text), io.NopCloser(readerFunc(func([]byte) (int, error) { return 0, typedNil() })), nil
+		})
+		rpc.HandleUpload(s, "nil", func(context.Context, *text, io.Reader) (*text, error) { return nil, typedNil() })
+	}, func(t *testing.T, c *rpc.Client) {
+		for name, try := range map[string]func() error{
+			"call":     func() error { return c.Call(t.Context(), "nil", nil, nil) },
+			"rpc":      func() error { return c.Call(t.Context(), "rpc", nil, nil) },
+			"download": func() error { _, err := c.Download(t.Context(), "nil", nil, nil); return err },
+			"source": func() error {
+				stream, err := c.Download(t.Context(), "source", nil, nil)
+				check(t, err)
+				defer stream.Close()
+				_, err = io.ReadAll(stream)
+				return err
+			},
+			"upload": func() error { return c.Upload(t.Context(), "nil", nil, strings.NewReader("data"), nil) },
+		} {
+			if err := try(); rpc.CodeOf(err) != rpc.Internal {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	})
+}
+
+// TestAReadLeftBehindHarmsNobody: a handler that returns while another goroutine of its own still reads.
+func TestAReadLeftBehindHarmsNobody(t *testing.T) {
+	overTransports(t, func(s *rpc.Server) {
+		rpc.HandleUpload(s, "leave", func(_ context.Context, fail *text, r io.Reader) (*text, error) {
+			reading := make(chan struct{})
+			go func() {
+				close(reading)
+				io.Copy(io.Discard, r)
+			}()
+			<-reading
+			if *fail != "" {
+				return nil, rpc.Errorf(rpc.Aborted, "%s", *fail)
+			}
+			return new(text), nil
+		})
+	}, func(t *testing.T, c *rpc.Client) {
+		for range 20 {
+			blocked, stop := io.Pipe()
+			if err := c.Upload(t.Context(), "leave", textOf("no"), blocked, nil); rpc.CodeOf(err) != rpc.Aborted {
+				t.Errorf("got %v", err)
+			}
+			stop.Close()
+			endless := readerFunc(func(p []byte) (int, error) { return len(p), nil })
+			if err := c.Upload(t.Context(), "leave", nil, endless, nil); err == nil {
+				t.Error("an upload that was not read is a success")
+			}
+		}
+	})
+}
+
+// TestALimitMayBeAsLargeAsAnInt is about what is allocated for it.
+func TestALimitMayBeAsLargeAsAnInt(t *testing.T) {
+	l := newMemListener()
+	serve(t, rpc.NewServer(nil, rpc.ServerConfig{MaxHandlers: math.MaxInt, MaxConns: math.MaxInt}), l.listener())
+	c := rpc.NewClient(l, rpc.ClientConfig{})
+	defer c.Close()
+	check(t, c.WaitForConnectivity(t.Context()))
+}
+
+// TestAConnecterThatPanicsIsAnError for every caller, and so is one that is nil.
+func TestAConnecterThatPanicsIsAnError(t *testing.T) {
+	for _, connecter := range []rpc.Connecter{nil, rpc.ConnecterFunc(nil), (*rpc.TCPConnecter)(nil),
+		rpc.ConnecterFunc(func(context.Context) (net.Conn, error) { panic("boom") })} {
+		c := rpc.NewClient(connecter, rpc.ClientConfig{})
+		if err := c.Call(t.Context(), "m", nil, nil); err == nil {
+			t.Error("Call succeeded")
+		}
+		if _, err := c.Download(t.Context(), "m", nil, nil); err == nil {
+			t.Error("Download succeeded")
+		}
+		check(t, c.Close())
+	}
+}
