@@ -7725,7 +7725,7 @@ type readerFunc func(p []byte) (int, error)
 
 func (r readerFunc) Read(p []byte) (int, error) { return r(p) }
 
-// ---- Found by review ----------------------------------------------------------------------------------------------
+// ---- Faults that were found, and stay fixed -----------------------------------------------------------------------
 
 type chanSource struct {
 	once sync.Once
