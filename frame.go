@@ -255,8 +255,8 @@ func (c *frameConn) writeLocked(frames []byte) (touched bool, err error) {
 		<-c.writing
 		return true, nil
 	}
-	// The lock stays taken: nothing may follow half a frame. Why the peer left may be on its way to the reader.
-	if c.listening.Load() {
+	// The lock stays taken: nothing may follow half a frame. Why a server left may be on its way to the client's reader.
+	if c.answered == nil && c.listening.Load() {
 		c.awaitEnd(lingerTime)
 	}
 	// A TLS connection that writes several records at once does not know which the peer has; half a record is none.
