@@ -550,7 +550,6 @@ func (c *Client) noteOpen(fc *frameConn, label string) {
 
 // forget notes that a connection has ended.
 func (c *Client) forget(fc *frameConn) {
-	fc.stopPulse()
 	if fc.theirs.heartbeat != 0 {
 		c.stats.openConns.Add(-1)
 	}

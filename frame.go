@@ -179,10 +179,7 @@ func (c *frameConn) ended() error {
 
 // lost ends the connection for an error of reading or writing it. An EOF where none belongs is io.ErrUnexpectedEOF.
 func (c *frameConn) lost(err error) error {
-	if err == io.EOF {
-		err = io.ErrUnexpectedEOF
-	}
-	return c.fail(&lostError{what: "connection lost", cause: err})
+	return c.fail(&lostError{what: "connection lost", cause: noEOF(err)})
 }
 
 // violation ends the connection because the peer broke the protocol.

@@ -521,7 +521,7 @@ func (s *Server) handle(l *Listener, h *handshake) {
 		s.refuse(h, conn, refusal, lingers)
 		return
 	}
-	s.spawn(func() { // ends with the write, which the handshake's end ends
+	s.goroutines.Go(func() { // ends with the write, which the handshake's end ends; this goroutine holds off Close's wait
 		conn.answer(s.ours)
 		release()
 		h.cancel()
@@ -530,9 +530,6 @@ func (s *Server) handle(l *Listener, h *handshake) {
 	<-conn.answered
 	s.removeConn(conn)
 }
-
-// spawn runs f in a goroutine that Close waits for. The caller is one, too.
-func (s *Server) spawn(f func()) { s.goroutines.Go(f) }
 
 var errHandshakeLate = errors.New("rpc: the handshake took too long")
 
