@@ -169,10 +169,9 @@ func (c *Client) call(ctx context.Context, method string, req, res Message) erro
 	if err := c.check(ctx, method); err != nil {
 		return callError(method, nil).with(err, fateNotRun)
 	}
-	began := time.Now()
+	limit := c.callLimit(ctx)
 	for retried := false; ; {
-		limit := c.callLimit(ctx, began)
-		cc, err := c.controlConn(ctx, limit)
+		cc, err := c.controlConn(ctx, limit.deadline)
 		if err != nil {
 			return callError(method, nil).with(err, fateNotRun)
 		}
@@ -190,12 +189,12 @@ func (c *Client) call(ctx context.Context, method string, req, res Message) erro
 	}
 }
 
-// callLimit is the time that is left to a call whose ctx has no deadline, or 0.
-func (c *Client) callLimit(ctx context.Context, began time.Time) time.Duration {
+// callLimit is the time that a call has.
+func (c *Client) callLimit(ctx context.Context) callLimit {
 	if _, ok := ctx.Deadline(); ok || c.config.CallTimeout < 0 {
-		return 0
+		return callLimit{timeout: timeoutOf(ctx)}
 	}
-	return max(c.config.CallTimeout-time.Since(began), 1)
+	return callLimit{c.config.CallTimeout, time.Now().Add(c.config.CallTimeout)}
 }
 
 // callError says what was being done.
@@ -559,16 +558,16 @@ func (c *Client) forget(fc *frameConn) {
 }
 
 // controlConn returns the control connection, and makes it if there is none. One dials for all; during back-off all
-// wait. limit is the time for a ctx without a deadline, or 0.
-func (c *Client) controlConn(ctx context.Context, limit time.Duration) (*controlClient, error) {
+// wait. The deadline is for a ctx that has none, zero for none at all.
+func (c *Client) controlConn(ctx context.Context, deadline time.Time) (*controlClient, error) {
 	c.mu.Lock()
 	cc := c.control
 	c.mu.Unlock()
-	if cc != nil && cc.usable() {
+	if cc != nil && !cc.refused.Load() {
 		return cc, nil
 	}
-	if limit > 0 {
-		within, cancel := context.WithTimeout(ctx, limit)
+	if !deadline.IsZero() {
+		within, cancel := context.WithDeadline(ctx, deadline)
 		defer cancel()
 		ctx = within
 	}
@@ -582,7 +581,7 @@ func (c *Client) awaitControl(ctx context.Context) (*controlClient, error) {
 			c.mu.Unlock()
 			return nil, ErrClosed
 		}
-		if c.control != nil && c.control.usable() {
+		if c.control != nil && !c.control.refused.Load() {
 			defer c.mu.Unlock()
 			return c.control, nil
 		}
@@ -656,7 +655,7 @@ func (c *Client) controlEnded(cc *controlClient, cause error) {
 	}
 	report := func() {}
 	switch {
-	case cause != errPolite && !cc.proved():
+	case cause != errPolite && !cc.hasProved():
 		report = c.backOffLocked(cause)
 	case cause != errPolite && !c.closed:
 		report = func() {

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -18,10 +19,9 @@ const (
 	batchSize = 16 << 10
 	// maxPending is how many bytes may wait to be written before senders wait, too.
 	maxPending = 256 << 10
-	// maxReplyStall is how long none of them is written before the client is given up: it is not listening.
+	// maxReplyStall is how long a client may leave its replies unread, when so many wait that no call is read any more.
 	maxReplyStall = time.Minute
-	// maxReplying is how many handlers of one connection may have returned without their replies being written: a
-	// client that does not read its replies is not read from either.
+	// maxReplying is how many calls of one connection may have been read beyond those that can have a handler.
 	maxReplying = 64
 )
 
@@ -30,29 +30,52 @@ const (
 type frameQueue struct {
 	c *frameConn
 
-	mu        sync.Mutex
-	pending   [][]byte // in order; each holds whole frames
+	mu        sync.Mutex // guards what follows, and what the queue's owner knows of its calls
+	pending   [][]byte   // in order; each holds whole frames
 	spare     [][]byte
-	size      int  // bytes in pending
-	writing   bool // somebody is in flush, or is about to be
-	finishing bool // no frame comes after those in pending
-	room      chan struct{}
-	appended  uint64 // frames
-	taken     uint64 // frames that were taken to be written
-	touched   uint64 // frames of which a byte may have been written
+	size      int           // bytes in pending
+	writing   bool          // somebody is in flush, or is about to be
+	finishing bool          // no frame comes after those in pending
+	room      chan struct{} // closed when waiting may be over; nil if nobody waits
+	appended  uint64        // frames
+	taken     uint64        // frames that were taken to be written
+	touched   uint64        // frames of which a byte may have been written
 }
 
 var batchBuffers = sync.Pool{New: func() any { return new([batchSize]byte) }}
 
-// waitRoom returns when little is waiting to be written, or when the connection has ended. It gives up when ctx ends, and
-// when late is sent to.
-func (q *frameQueue) waitRoom(ctx context.Context, late <-chan time.Time) error {
-	for {
-		q.mu.Lock()
-		if q.size <= maxPending {
-			q.mu.Unlock()
-			return nil
+// appendLocked adds a frame, whose bytes it keeps if they are more than batchSize. mustFlush says that the caller has to
+// see to it that flush is called.
+func (q *frameQueue) appendLocked(frame []byte) (mustFlush bool) {
+	q.appended++
+	q.size += len(frame)
+	if last := len(q.pending) - 1; last >= 0 && len(frame) <= cap(q.pending[last])-len(q.pending[last]) {
+		q.pending[last] = append(q.pending[last], frame...)
+	} else {
+		if len(frame) <= batchSize {
+			frame = append(batchBuffers.Get().(*[batchSize]byte)[:0], frame...)
 		}
+		q.pending = append(q.pending, frame)
+	}
+	return q.startLocked()
+}
+
+// startLocked tells whether nobody was writing.
+func (q *frameQueue) startLocked() (mustFlush bool) {
+	mustFlush = !q.writing
+	q.writing = true
+	return mustFlush
+}
+
+// finishLocked closes the sending direction after what has been appended.
+func (q *frameQueue) finishLocked() (mustFlush bool) {
+	q.finishing = true
+	return q.startLocked()
+}
+
+// waitLocked returns when full is false. It gives up when ctx or the connection ends. Meanwhile mu is not held.
+func (q *frameQueue) waitLocked(ctx context.Context, full func() bool) (err error) {
+	for err == nil && full() {
 		if q.room == nil {
 			q.room = make(chan struct{})
 		}
@@ -61,48 +84,21 @@ func (q *frameQueue) waitRoom(ctx context.Context, late <-chan time.Time) error 
 		select {
 		case <-room:
 		case <-q.c.done:
-			return nil
+			err = q.c.ended()
 		case <-ctx.Done():
-			return ctx.Err()
-		case <-late:
-			return context.DeadlineExceeded
+			err = ctx.Err()
 		}
+		q.mu.Lock()
 	}
+	return err
 }
 
-// append adds a frame, whose bytes it keeps if they are more than batchSize. It returns the frame's number; mustFlush says that the
-// caller has to see to it that flush is called.
-func (q *frameQueue) append(frame []byte) (number uint64, mustFlush bool) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.appended++
-	q.size += len(frame)
-	last := len(q.pending) - 1
-	switch {
-	case len(frame) > batchSize:
-		q.pending = append(q.pending, frame)
-	case last >= 0 && cap(q.pending[last]) == batchSize && len(q.pending[last])+len(frame) <= batchSize:
-		q.pending[last] = append(q.pending[last], frame...)
-	default:
-		gather := batchBuffers.Get().(*[batchSize]byte)
-		q.pending = append(q.pending, append(gather[:0], frame...))
+// wakeLocked has those who wait look again.
+func (q *frameQueue) wakeLocked() {
+	if q.room != nil {
+		close(q.room)
+		q.room = nil
 	}
-	return q.appended, q.startWriting()
-}
-
-// startWriting tells whether nobody was writing. The caller holds mu.
-func (q *frameQueue) startWriting() bool {
-	started := !q.writing
-	q.writing = true
-	return started
-}
-
-// finish makes the queue close the sending direction after what has been appended.
-func (q *frameQueue) finish() (mustFlush bool) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.finishing = true
-	return q.startWriting()
 }
 
 // flush writes until nothing is pending. After an error, which ends the connection, nobody writes any more.
@@ -112,15 +108,6 @@ func (q *frameQueue) flush() {
 		// factor of three; with one caller it costs nothing that can be measured.
 		runtime.Gosched()
 		batch, finished := q.take()
-		for i, frames := range batch {
-			if touched, err := q.c.writeTouching(frames); err != nil {
-				q.noteFailure(touched || i > 0)
-				return
-			}
-			if batch[i] = nil; cap(frames) == batchSize {
-				batchBuffers.Put((*[batchSize]byte)(frames[:batchSize]))
-			}
-		}
 		switch {
 		case finished:
 			q.c.shutWrite()
@@ -129,19 +116,27 @@ func (q *frameQueue) flush() {
 		case batch == nil:
 			return
 		}
-		q.mu.Lock()
-		q.spare, q.touched = batch[:0], q.taken
-		q.mu.Unlock()
+		for i, frames := range batch {
+			if touched, err := q.c.writeTouching(frames); err != nil {
+				q.written(nil, touched || i > 0)
+				return
+			}
+			if batch[i] = nil; cap(frames) == batchSize {
+				batchBuffers.Put((*[batchSize]byte)(frames[:batchSize]))
+			}
+		}
+		q.written(batch[:0], true)
 	}
 }
 
-// noteFailure notes whether some of what was taken last may have been written.
-func (q *frameQueue) noteFailure(touched bool) {
+// written notes whether some of what was taken last may have been written.
+func (q *frameQueue) written(spare [][]byte, touched bool) {
 	q.mu.Lock()
-	defer q.mu.Unlock()
+	q.spare = spare
 	if touched {
 		q.touched = q.taken
 	}
+	q.mu.Unlock()
 }
 
 // take returns what is pending. When that is nothing, the caller is no longer writing.
@@ -154,18 +149,8 @@ func (q *frameQueue) take() (batch [][]byte, finished bool) {
 	}
 	batch, q.pending, q.spare = q.pending, q.spare, nil
 	q.size, q.taken = 0, q.appended
-	if q.room != nil {
-		close(q.room)
-		q.room = nil
-	}
+	q.wakeLocked()
 	return batch, false
-}
-
-// untouched tells, after flush has ended, whether no byte of the frame with this number was written.
-func (q *frameQueue) untouched(number uint64) bool {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return number > q.touched
 }
 
 // appendCall appends a call frame whose id and body are still to come.
@@ -174,24 +159,22 @@ func appendCall(b []byte, timeout time.Duration, method string) []byte {
 	return appendRequest(b, timeout, method, nil)
 }
 
-func putCallID(frame []byte, id uint64) { binary.BigEndian.PutUint64(frame[headerSize:], id) }
-
 // controlClient is the client's end of a control connection.
 type controlClient struct {
 	c           *frameConn
-	q           frameQueue
 	idleTimeout time.Duration
-	answered    chan struct{} // closed when the server's answer was read
 	flushers    sync.WaitGroup
+	refused     atomic.Bool   // refusal is set
+	lastID      atomic.Uint64 // set with q.mu held
 
-	mu        sync.Mutex
-	calls     map[uint64]*pendingCall // awaited
+	q         frameQueue // whose mu guards what follows, too
+	calls     map[uint64]*pendingCall
 	spare     []*pendingCall
-	lastID    uint64
-	refusal   error // why no call begins any more, nil while they do: errGoaway, errNotBegun, or cause
-	cause     error // of the connection's end: nothing is written any more
-	replies   uint64
-	users     int       // callers that are in call
+	answered  bool      // the server's answer was read
+	refusal   error     // why no call begins any more, nil while they do: errGoaway, errNotBegun, or cause
+	cause     error     // of the connection's end: nothing is written any more
+	proved    bool      // the server has replied, or said goaway: it is well
+	users     int       // callers that are in tryCall
 	used      bool      // somebody has been
 	idleSince time.Time // since users is 0
 	idleTimer *time.Timer
@@ -199,23 +182,16 @@ type controlClient struct {
 
 // pendingCall is a call that waits for its reply. It is used again when that has been fetched.
 type pendingCall struct {
+	id     uint64        // 0 when it is not awaited any more: who sets that sets result
 	number uint64        // of its frame in the queue
 	done   chan struct{} // gets one element when result is set
 	result result
-	timer  *time.Timer // of calls whose ctx has no deadline; made on first use
-}
 
-// limit returns what is sent to when the time is over; 0 is no limit.
-func (p *pendingCall) limit(d time.Duration) <-chan time.Time {
-	switch {
-	case d == 0:
-		return nil
-	case p.timer == nil:
-		p.timer = time.NewTimer(d)
-	default:
-		p.timer.Reset(d)
-	}
-	return p.timer.C
+	// Of a call whose ctx has no deadline. The timer is left running from one call to the next: setting it costs more than
+	// to find, a few minutes later, that it was not needed.
+	deadline time.Time // zero: none
+	timer    *time.Timer
+	fires    time.Time // zero: the timer is not set
 }
 
 // frameBuffers holds *[]byte for frames that are copied when they are sent.
@@ -234,12 +210,11 @@ var errNotBegun = errors.New("rpc: the connection was idle and about to be close
 
 func newControlClient(c *frameConn, preface []byte, idleTimeout time.Duration) *controlClient {
 	cc := &controlClient{
-		c: c, idleTimeout: idleTimeout, answered: make(chan struct{}),
-		calls: make(map[uint64]*pendingCall), idleSince: time.Now(),
+		c: c, idleTimeout: idleTimeout, calls: make(map[uint64]*pendingCall), idleSince: time.Now(),
 	}
 	cc.q.c = c
 	cc.idleTimer = time.AfterFunc(math.MaxInt64, cc.closeIfIdle) // run sets it
-	cc.q.append(preface)                                         // run flushes it, together with what comes until then
+	cc.q.appendLocked(preface)                                   // nobody else has it yet; run flushes it, with what comes until then
 	return cc
 }
 
@@ -251,16 +226,20 @@ func (cc *controlClient) run(readAnswer func() error, ended func(cause error)) {
 	cc.flushers.Go(cc.q.flush)
 	err := readAnswer()
 	if err == nil {
-		close(cc.answered)
+		cc.q.mu.Lock()
+		cc.answered = true
+		cc.q.wakeLocked()
+		cc.q.mu.Unlock()
 		err = cc.readFrames()
 	}
 	cc.c.stopPulse()
 	ended(err)
-	cc.mu.Lock()
+	cc.q.mu.Lock()
 	if cc.cause = err; cc.refusal == nil || err != errPolite {
-		cc.refusal = err
+		cc.refuseLocked(err)
 	}
-	cc.mu.Unlock()
+	cc.q.wakeLocked()
+	cc.q.mu.Unlock()
 	cc.flushers.Wait()
 	cc.end(err)
 }
@@ -293,9 +272,9 @@ func (cc *controlClient) readFrames() error {
 
 // readFailed ends the connection for an error of reading it.
 func (cc *controlClient) readFailed(err error) error {
-	cc.mu.Lock()
+	cc.q.mu.Lock()
 	expected := err == io.EOF && cc.refusal != nil && len(cc.calls) == 0
-	cc.mu.Unlock()
+	cc.q.mu.Unlock()
 	if expected {
 		return cc.c.fail(errPolite)
 	}
@@ -317,25 +296,29 @@ func (cc *controlClient) readReply(size int) error {
 	if err != nil {
 		return err
 	}
-	cc.mu.Lock()
-	used := id >= 1 && id <= cc.lastID
-	cc.mu.Unlock()
-	if !used {
+	if id == 0 || id > cc.lastID.Load() {
 		return cc.c.violation("reply to call " + strconv.FormatUint(id, 10) + ", which was never made")
 	}
 	body, failed, err := cc.c.outcome(size - 8)
 	if err != nil {
 		return err
 	}
-	cc.mu.Lock()
-	call := cc.forgetLocked(id)
-	cc.replies++
-	cc.mu.Unlock()
-	if call != nil {
-		call.result = result{body: body, failed: failed}
-		call.done <- struct{}{}
-	}
+	cc.q.mu.Lock()
+	cc.proved = true
+	cc.settleLocked(cc.calls[id], result{body: body, failed: failed})
+	cc.q.mu.Unlock()
 	return nil
+}
+
+// settleLocked gives a call its result, unless it is nil: nobody awaits it.
+func (cc *controlClient) settleLocked(call *pendingCall, r result) {
+	if call == nil {
+		return
+	}
+	delete(cc.calls, call.id)
+	call.id = 0
+	call.result = r
+	call.done <- struct{}{}
 }
 
 // readGoaway takes note that calls above last will never be started.
@@ -344,86 +327,41 @@ func (cc *controlClient) readGoaway() error {
 	if err != nil {
 		return err
 	}
-	cc.mu.Lock()
-	defer cc.mu.Unlock()
+	cc.q.mu.Lock()
+	defer cc.q.mu.Unlock()
 	if cc.refusal == errGoaway {
 		return cc.c.violation("a second goaway")
 	}
-	cc.refusal = errGoaway
-	cc.replies++ // the server is well: its end is no failure
+	cc.refuseLocked(errGoaway)
+	cc.proved = true
 	for id, call := range cc.calls {
 		if id > last {
-			cc.forgetLocked(id)
-			call.result = unstarted(errGoaway, true)
-			call.done <- struct{}{}
+			cc.settleLocked(call, unstarted(errGoaway, true))
 		}
 	}
 	return nil
 }
 
+// refuseLocked has no call begin any more.
+func (cc *controlClient) refuseLocked(why error) {
+	cc.refusal = why
+	cc.refused.Store(true)
+}
+
 // end gives every call that still waits the cause of the connection's end.
 func (cc *controlClient) end(cause error) {
-	cc.mu.Lock()
-	defer cc.mu.Unlock()
+	cc.q.mu.Lock()
+	defer cc.q.mu.Unlock()
 	cc.idleTimer.Stop()
-	connected := cc.connected()
-	for id, call := range cc.calls {
-		cc.forgetLocked(id)
-		call.result = result{err: cause}
-		if !connected && nothingRan(cause) || cc.q.untouched(call.number) {
-			call.result = unstarted(cause, connected)
+	for _, call := range cc.calls {
+		r := result{err: cause}
+		if !cc.answered && nothingRan(cause) || call.number > cc.q.touched {
+			r = unstarted(cause, cc.answered)
 		}
-		call.done <- struct{}{}
+		cc.settleLocked(call, r)
 	}
-}
-
-// connected tells whether the server has answered.
-func (cc *controlClient) connected() bool {
-	select {
-	case <-cc.answered:
-		return true
-	default:
-		return false
-	}
-}
-
-// forgetLocked takes a call off those that are awaited, and returns it. Who takes it off is who gives it its result.
-func (cc *controlClient) forgetLocked(id uint64) *pendingCall {
-	call := cc.calls[id]
-	delete(cc.calls, id)
-	return call
-}
-
-// enter notes that the connection is in use, unless no call begins any more.
-func (cc *controlClient) enter() (*pendingCall, error) {
-	cc.mu.Lock()
-	defer cc.mu.Unlock()
-	if cc.refusal != nil {
-		return nil, cc.refusal
-	}
-	cc.users++
-	cc.used = true
-	if last := len(cc.spare) - 1; last >= 0 {
-		call := cc.spare[last]
-		cc.spare = cc.spare[:last]
-		return call, nil
-	}
-	return &pendingCall{done: make(chan struct{}, 1)}, nil
-}
-
-func (cc *controlClient) leave(call *pendingCall) {
-	if call.timer != nil {
-		call.timer.Stop()
-	}
-	call.result = result{}
-	cc.mu.Lock()
-	defer cc.mu.Unlock()
-	cc.spare = append(cc.spare, call)
-	cc.users--
-	cc.idleSince = time.Now()
-	if cc.users == 0 && cc.idleTimeout < 0 && cc.refusal == nil {
-		cc.refusal = errNotBegun
-		cc.flushers.Go(cc.c.close) // waits for nothing but a TLS alert, for five seconds at the most
+	for _, call := range cc.spare {
+		call.stopTimer()
 	}
 }
 
@@ -438,8 +376,8 @@ func (cc *controlClient) closeIfIdle() {
 
 // idleLeft is how long the connection is to be kept at least.
 func (cc *controlClient) idleLeft() time.Duration {
-	cc.mu.Lock()
-	defer cc.mu.Unlock()
+	cc.q.mu.Lock()
+	defer cc.q.mu.Unlock()
 	switch {
 	case cc.users > 0:
 		return cc.grace()
@@ -454,120 +392,179 @@ func (cc *controlClient) grace() time.Duration { return max(cc.idleTimeout, time
 
 // unused tells whether nobody uses the connection; then nobody can begin to, either.
 func (cc *controlClient) unused() bool {
-	cc.mu.Lock()
-	defer cc.mu.Unlock()
+	cc.q.mu.Lock()
+	defer cc.q.mu.Unlock()
 	if cc.users == 0 && cc.refusal == nil {
-		cc.refusal = errNotBegun
+		cc.refuseLocked(errNotBegun)
 	}
 	return cc.users == 0
 }
 
-// proved tells whether the connection was of use.
-func (cc *controlClient) proved() bool {
-	cc.mu.Lock()
-	defer cc.mu.Unlock()
-	return cc.replies > 0
+// hasProved tells whether the connection was of use.
+func (cc *controlClient) hasProved() bool {
+	cc.q.mu.Lock()
+	defer cc.q.mu.Unlock()
+	return cc.proved
 }
 
-// usable tells whether calls can begin.
-func (cc *controlClient) usable() bool {
-	cc.mu.Lock()
-	defer cc.mu.Unlock()
-	return cc.refusal == nil
+// callLimit is the time that a call has.
+type callLimit struct {
+	timeout  time.Duration // for the server; 0: none
+	deadline time.Time     // if ctx has none; zero: none
 }
 
 // tryCall makes a call over this connection.
-func (cc *controlClient) tryCall(ctx context.Context, limit time.Duration, method string, req Message) result {
-	timeout := limit
-	if timeout == 0 {
-		timeout = timeoutOf(ctx)
-	}
+func (cc *controlClient) tryCall(ctx context.Context, limit callLimit, method string, req Message) result {
 	buf := frameBuffers.Get().(*[]byte)
-	frame := appendCall((*buf)[:0], timeout, method)
+	frame := appendCall((*buf)[:0], limit.timeout, method)
 	fields := len(frame)
 	frame, err := appendMessage(frame, req)
 	if err != nil {
 		return unstarted(err, false)
 	}
-	r := cc.call(ctx, limit, finishFrame(frame, 0), len(frame)-fields)
+	call, r := cc.begin(ctx, finishFrame(frame, 0), len(frame)-fields, limit.deadline)
+	if call == nil {
+		return r
+	}
 	putFrameBuffer(buf, frame)
-	return r
-}
-
-// call sends a frame made by appendCall, which it keeps if it is large, and waits for the reply. bodySize is that of its
-// body, limit the time for a ctx without a deadline, or 0.
-func (cc *controlClient) call(ctx context.Context, limit time.Duration, frame []byte, bodySize int) result {
-	call, err := cc.enter()
-	if err != nil {
-		return unstarted(err, cc.connected())
-	}
-	defer cc.leave(call)
-	late := call.limit(limit)
-	if err := cc.mayBegin(ctx, late, bodySize); err != nil {
-		return unstarted(err, cc.connected())
-	}
-	id, err := cc.begin(call, frame)
-	if err != nil {
-		return unstarted(err, cc.connected())
-	}
-	select {
-	case <-call.done:
-		return call.result
-	case <-ctx.Done():
-		return cc.cancel(ctx.Err(), id, call)
-	case <-late:
-		return cc.cancel(context.DeadlineExceeded, id, call)
-	}
-}
-
-// mayBegin waits until a body of this size may be sent, and until there is room for it.
-func (cc *controlClient) mayBegin(ctx context.Context, late <-chan time.Time, bodySize int) error {
-	if bodySize > minMessageSize {
+	if ctx.Done() == nil {
+		<-call.done
+	} else {
 		select {
-		case <-cc.answered:
-		case <-cc.c.done:
-			return cc.c.ended()
+		case <-call.done:
 		case <-ctx.Done():
-			return ctx.Err()
-		case <-late:
-			return context.DeadlineExceeded
+			cc.cancel(call, ctx.Err())
+			<-call.done
 		}
-		if err := checkBody(bodySize, cc.c.theirs.maxBody); err != nil {
+	}
+	return cc.leave(call)
+}
+
+// begin sends a call, when its turn has come. The frame is kept if it is large; bodySize is that of its body.
+func (cc *controlClient) begin(ctx context.Context, frame []byte, bodySize int, deadline time.Time) (*pendingCall, result) {
+	cc.q.mu.Lock()
+	defer cc.q.mu.Unlock()
+	if cc.refusal != nil {
+		return nil, unstarted(cc.refusal, cc.answered)
+	}
+	cc.users++
+	cc.used = true
+	if err := cc.awaitTurnLocked(ctx, bodySize, deadline); err != nil {
+		cc.departLocked()
+		return nil, unstarted(err, cc.answered)
+	}
+	call := cc.newCallLocked()
+	call.id = cc.lastID.Add(1)
+	binary.BigEndian.PutUint64(frame[headerSize:], call.id)
+	cc.calls[call.id] = call
+	cc.flushLocked(cc.q.appendLocked(frame))
+	call.number = cc.q.appended
+	call.deadline = deadline
+	cc.setTimerLocked(call)
+	return call, result{}
+}
+
+// awaitTurnLocked waits until a body of this size may be sent, and until there is room for it.
+func (cc *controlClient) awaitTurnLocked(ctx context.Context, bodySize int, deadline time.Time) error {
+	large := bodySize > minMessageSize
+	full := func() bool { return cc.refusal == nil && (cc.q.size > maxPending || large && !cc.answered) }
+	if full() {
+		if !deadline.IsZero() {
+			within, cancel := context.WithDeadline(ctx, deadline)
+			defer cancel()
+			ctx = within
+		}
+		if err := cc.q.waitLocked(ctx, full); err != nil {
 			return err
 		}
 	}
-	return cc.q.waitRoom(ctx, late)
+	if cc.refusal == nil && large {
+		return checkBody(bodySize, cc.c.theirs.maxBody)
+	}
+	return cc.refusal
 }
 
-// begin gives a call its id and its place in the queue.
-func (cc *controlClient) begin(call *pendingCall, frame []byte) (id uint64, err error) {
-	cc.mu.Lock()
-	defer cc.mu.Unlock()
-	if cc.refusal != nil {
-		return 0, cc.refusal
+func (cc *controlClient) newCallLocked() *pendingCall {
+	last := len(cc.spare) - 1
+	if last < 0 {
+		return &pendingCall{done: make(chan struct{}, 1)}
 	}
-	cc.lastID++
-	id = cc.lastID
-	putCallID(frame, id)
-	cc.calls[id] = call
-	number, mustFlush := cc.q.append(frame)
-	call.number = number
-	cc.flushLocked(mustFlush)
-	return id, nil
+	call := cc.spare[last]
+	cc.spare = cc.spare[:last]
+	return call
+}
+
+// setTimerLocked sees to it that expire is called at the call's deadline at the latest.
+func (cc *controlClient) setTimerLocked(call *pendingCall) {
+	switch {
+	case call.deadline.IsZero(), !call.fires.IsZero() && !call.deadline.Before(call.fires):
+		return
+	case call.timer == nil:
+		call.timer = time.AfterFunc(time.Until(call.deadline), func() { cc.expire(call) })
+	default:
+		call.timer.Reset(time.Until(call.deadline))
+	}
+	call.fires = call.deadline
+}
+
+// expire gives a call up if its time is over. The timer calls it.
+func (cc *controlClient) expire(call *pendingCall) {
+	cc.q.mu.Lock()
+	defer cc.q.mu.Unlock()
+	call.fires = time.Time{}
+	switch {
+	case call.id == 0:
+	case time.Now().Before(call.deadline):
+		cc.setTimerLocked(call)
+	case !call.deadline.IsZero():
+		cc.cancelLocked(call, context.DeadlineExceeded)
+	}
+}
+
+func (call *pendingCall) stopTimer() {
+	if call.timer != nil {
+		call.timer.Stop()
+	}
 }
 
 // cancel gives a call up, unless its result is there.
-func (cc *controlClient) cancel(why error, id uint64, call *pendingCall) result {
-	cc.mu.Lock()
-	if cc.forgetLocked(id) == nil {
-		cc.mu.Unlock()
-		<-call.done
-		return call.result
+func (cc *controlClient) cancel(call *pendingCall, why error) {
+	cc.q.mu.Lock()
+	defer cc.q.mu.Unlock()
+	if call.id != 0 {
+		cc.cancelLocked(call, why)
 	}
-	_, mustFlush := cc.q.append(uint64Frame(frameCancel, id))
-	cc.flushLocked(mustFlush)
-	cc.mu.Unlock()
-	return result{err: why}
+}
+
+func (cc *controlClient) cancelLocked(call *pendingCall, why error) {
+	cc.flushLocked(cc.q.appendLocked(uint64Frame(frameCancel, call.id)))
+	cc.settleLocked(call, result{err: why})
+}
+
+// leave returns the result of a call that is over.
+func (cc *controlClient) leave(call *pendingCall) result {
+	cc.q.mu.Lock()
+	defer cc.q.mu.Unlock()
+	r := call.result
+	call.result = result{}
+	if cc.cause == nil {
+		cc.spare = append(cc.spare, call)
+	} else {
+		call.stopTimer()
+	}
+	cc.departLocked()
+	return r
+}
+
+func (cc *controlClient) departLocked() {
+	if cc.users--; cc.users > 0 {
+		return
+	}
+	cc.idleSince = time.Now()
+	if cc.idleTimeout < 0 && cc.refusal == nil {
+		cc.refuseLocked(errNotBegun)
+		cc.flushers.Go(cc.c.close) // waits for nothing but a TLS alert, for five seconds at the most
+	}
 }
 
 // callHandler decodes the body of a call, runs the handler and appends the encoded result to out.
@@ -589,29 +586,33 @@ type callDispatcher interface {
 
 // controlServer is the server's end of a control connection.
 type controlServer struct {
-	c        *frameConn
-	q        frameQueue
-	dispatch callDispatcher
-	handlers sync.WaitGroup
-	places   chan struct{} // bounds handlers that run or whose replies are not written
+	c          *frameConn
+	dispatch   callDispatcher
+	maxRunning int // calls without a reply
+	handlers   sync.WaitGroup
 
-	mu       sync.Mutex
+	// Owned by the reader.
+	read   uint64 // bytes, when readAt was
+	readAt time.Time
+
+	q        frameQueue             // whose mu guards what follows, too
 	running  map[uint64]*serverCall // calls without a reply
-	lastID   uint64
+	lastID   uint64                 // written by the reader only
 	draining bool
 }
 
 // serverCall is a call that a server has begun. It is the context of its handler.
 type serverCall struct {
 	requestContext
-	id     uint64
-	method *callMethod
-	body   []byte
+	id      uint64
+	method  *callMethod
+	refusal error // why there is no handler
+	body    []byte
 }
 
 func newControlServer(c *frameConn, maxHandlers int, dispatch callDispatcher) *controlServer {
 	s := &controlServer{
-		c: c, dispatch: dispatch, places: make(chan struct{}, min(maxHandlers, math.MaxInt16)+maxReplying),
+		c: c, dispatch: dispatch, maxRunning: min(maxHandlers, math.MaxInt16) + maxReplying,
 		running: make(map[uint64]*serverCall),
 	}
 	s.q.c = c
@@ -621,12 +622,14 @@ func newControlServer(c *frameConn, maxHandlers int, dispatch callDispatcher) *c
 // serve reads until the connection ends, then ends the handlers' contexts and waits for them. It returns why the
 // connection ended.
 func (s *controlServer) serve(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	s.c.startPulse()
 	err := s.readFrames(ctx)
 	s.c.stopPulse()
-	cancel()
+	s.q.mu.Lock()
+	for _, call := range s.running {
+		call.end(context.Canceled)
+	}
+	s.q.mu.Unlock()
 	s.handlers.Wait()
 	return err
 }
@@ -645,10 +648,10 @@ func (s *controlServer) readFrames(ctx context.Context) error {
 
 // readFailed ends the connection for an error of reading it: a client that has nothing in progress may leave.
 func (s *controlServer) readFailed(err error) error {
-	s.mu.Lock()
+	s.q.mu.Lock()
 	idle := len(s.running) == 0
 	lingered := s.draining && idle && errors.Is(err, os.ErrDeadlineExceeded)
-	s.mu.Unlock()
+	s.q.mu.Unlock()
 	if idle && err == io.EOF || lingered {
 		return s.c.fail(errPolite)
 	}
@@ -670,27 +673,26 @@ func (s *controlServer) readCancel() error {
 	if err != nil {
 		return err
 	}
-	s.mu.Lock()
-	seen, call := id >= 1 && id <= s.lastID, s.running[id]
-	s.mu.Unlock()
-	if !seen {
+	if id == 0 || id > s.lastID {
 		return s.c.violation("cancel of call " + strconv.FormatUint(id, 10) + ", which was never made")
 	}
+	s.q.mu.Lock()
+	call := s.running[id]
+	s.q.mu.Unlock()
 	if call != nil {
 		call.end(context.Canceled)
 	}
 	return nil
 }
 
+// readCall starts the handler of a call in a goroutine of its own, which ends with the handler and the writing of its
+// reply; serve waits for it.
 func (s *controlServer) readCall(ctx context.Context, size int) error {
 	id, err := s.c.readUint64()
 	if err != nil {
 		return err
 	}
-	s.mu.Lock()
-	rises := id > s.lastID
-	s.mu.Unlock()
-	if !rises {
+	if id <= s.lastID {
 		return s.c.violation("call " + strconv.FormatUint(id, 10) + " does not rise above the last one")
 	}
 	q, err := s.c.request(size - 8)
@@ -703,91 +705,75 @@ func (s *controlServer) readCall(ctx context.Context, size int) error {
 	call := &serverCall{id: id, body: q.body}
 	call.parent = ctx
 	if q.timeout != 0 {
-		call.deadline = time.Now().Add(q.timeout)
+		call.deadline = s.arrival().Add(q.timeout)
 	}
-	if !s.begin(call) {
-		return nil
+	if begun, err := s.begin(call); !begun {
+		return err
 	}
-	return s.start(call, q.name)
+	call.method, call.refusal = s.dispatch.acceptCall(q.name)
+	s.handlers.Add(1)
+	go s.run(call)
+	return nil
 }
 
-// begin notes that a call is to get a reply; after goaway none does.
-func (s *controlServer) begin(call *serverCall) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// arrival is when what was read last has come. With many calls to a read, to ask for the time is not for nothing.
+func (s *controlServer) arrival() time.Time {
+	if read := s.c.read.Load(); read != s.read {
+		s.read, s.readAt = read, time.Now()
+	}
+	return s.readAt
+}
+
+// begin notes that a call is to get a reply, when there is room for that; after goaway none does.
+func (s *controlServer) begin(call *serverCall) (begun bool, err error) {
+	s.q.mu.Lock()
+	defer s.q.mu.Unlock()
+	full := func() bool { return !s.draining && (s.q.size > maxPending || len(s.running) >= s.maxRunning) }
+	if full() {
+		within, cancel := context.WithTimeout(call.parent, maxReplyStall)
+		defer cancel()
+		if err := s.q.waitLocked(within, full); err == context.DeadlineExceeded {
+			return false, s.c.violation("the client does not read its replies")
+		} else if err != nil {
+			return false, err
+		}
+	}
 	s.lastID = call.id
 	if !s.draining {
 		s.running[call.id] = call
 	}
-	return !s.draining
-}
-
-// start runs the handler of a call in a goroutine of its own, which ends with the handler and the writing of its
-// reply; serve waits for it.
-func (s *controlServer) start(call *serverCall, name []byte) (err error) {
-	if err := s.takePlace(); err != nil {
-		return err
-	}
-	s.handlers.Add(1)
-	if call.method, err = s.dispatch.acceptCall(name); err != nil {
-		go s.refuse(call, err)
-	} else {
-		go s.run(call)
-	}
-	return nil
-}
-
-// takePlace waits until few replies wait to be written.
-func (s *controlServer) takePlace() error {
-	select {
-	case s.places <- struct{}{}:
-		return nil
-	default:
-	}
-	timer := time.NewTimer(maxReplyStall)
-	defer timer.Stop()
-	select {
-	case s.places <- struct{}{}:
-		return nil
-	case <-s.c.done:
-		return s.c.ended()
-	case <-timer.C:
-		return s.c.violation("the client does not read its replies")
-	}
-}
-
-// refuse replies to a call that has no handler.
-func (s *controlServer) refuse(call *serverCall, err error) {
-	s.q.waitRoom(call.parent, nil)
-	s.reply(call, appendReply(nil, call.id, err))
-	<-s.places
-	s.handlers.Done()
+	return !s.draining, nil
 }
 
 func (s *controlServer) run(call *serverCall) {
-	returned := false
+	replied := false
 	defer func() {
-		if !returned { // the handler has called runtime.Goexit
+		if !replied { // the handler has called runtime.Goexit
 			s.reply(call, appendReply(nil, call.id, errNoReturn))
 		}
-		<-s.places
 		s.handlers.Done()
 	}()
 	buf := frameBuffers.Get().(*[]byte)
-	out := appendReply((*buf)[:0], call.id, nil)
-	start := len(out)
-	out, err := s.dispatch.runCall(call, call.method, call.body, out)
-	returned = true
+	frame := s.handle(call, (*buf)[:0])
+	replied = true
 	recycleBody(call.body)
+	s.reply(call, frame)
+	putFrameBuffer(buf, frame)
+}
+
+// handle returns the reply to a call.
+func (s *controlServer) handle(call *serverCall, b []byte) []byte {
+	err := call.refusal
 	if err == nil {
-		err = checkBody(len(out)-start, s.c.theirs.maxBody)
+		out := appendReply(b, call.id, nil)
+		start := len(out)
+		if out, err = s.dispatch.runCall(call, call.method, call.body, out); err == nil {
+			if err = checkBody(len(out)-start, s.c.theirs.maxBody); err == nil {
+				return finishFrame(out, 0)
+			}
+		}
 	}
-	if err != nil {
-		out = appendReply((*buf)[:0], call.id, err)
-	}
-	s.q.waitRoom(call.parent, nil)
-	s.reply(call, finishFrame(out, 0))
-	putFrameBuffer(buf, out)
+	return appendReply(b, call.id, err)
 }
 
 // appendReply appends a reply: an error, or one of success, to which the body is still to be appended.
@@ -802,13 +788,13 @@ func appendReply(b []byte, id uint64, err error) []byte {
 // reply sends the one reply of a call, and after the last one that is due closes the sending direction.
 func (s *controlServer) reply(call *serverCall, frame []byte) {
 	call.end(context.Canceled)
-	s.mu.Lock()
+	s.q.mu.Lock()
 	delete(s.running, call.id)
-	_, mustFlush := s.q.append(frame)
-	if s.draining && len(s.running) == 0 {
-		mustFlush = s.q.finish() || mustFlush
+	mustFlush := s.q.appendLocked(frame)
+	if s.q.wakeLocked(); s.draining && len(s.running) == 0 {
+		mustFlush = s.q.finishLocked() || mustFlush
 	}
-	s.mu.Unlock()
+	s.q.mu.Unlock()
 	if mustFlush {
 		s.q.flush()
 	}
@@ -816,17 +802,17 @@ func (s *controlServer) reply(call *serverCall, frame []byte) {
 
 // drain says goaway: calls that were read get their replies, later ones are dropped. It waits until that is written.
 func (s *controlServer) drain() {
-	s.mu.Lock()
-	if s.draining {
-		s.mu.Unlock()
-		return
+	s.q.mu.Lock()
+	mustFlush := false
+	if !s.draining {
+		s.draining = true
+		s.q.wakeLocked()
+		mustFlush = s.q.appendLocked(uint64Frame(frameGoaway, s.lastID))
+		if len(s.running) == 0 {
+			mustFlush = s.q.finishLocked() || mustFlush
+		}
 	}
-	s.draining = true
-	_, mustFlush := s.q.append(uint64Frame(frameGoaway, s.lastID))
-	if len(s.running) == 0 {
-		mustFlush = s.q.finish() || mustFlush
-	}
-	s.mu.Unlock()
+	s.q.mu.Unlock()
 	if mustFlush {
 		s.q.flush()
 	}

@@ -232,6 +232,11 @@ func (c *frameConn) writeTouching(frames []byte) (touched bool, err error) {
 // lockWrites takes the write lock, unless the connection has ended.
 func (c *frameConn) lockWrites() error {
 	select {
+	case c.writing <- struct{}{}: // nearly always, and cheaper than to wait for two
+		return nil
+	default:
+	}
+	select {
 	case c.writing <- struct{}{}:
 		return nil
 	case <-c.done:
@@ -272,6 +277,11 @@ func (c *frameConn) awaitEnd(most time.Duration) {
 
 // awaitAnswered returns when the answer of a server is written: before that, nothing is acted on.
 func (c *frameConn) awaitAnswered() error {
+	select {
+	case <-c.answered: // nearly always, and cheaper than to wait for two
+		return nil
+	default:
+	}
 	select {
 	case <-c.answered:
 	case <-c.done:
@@ -783,16 +793,15 @@ func timeoutOf(ctx context.Context) time.Duration {
 }
 
 // requestContext is the context of a request's handler. Unlike those of package context it costs nothing until somebody
-// waits for its end.
+// waits for its end. Who made it ends it, with the connection at the latest.
 type requestContext struct {
-	parent   context.Context // of the connection
+	parent   context.Context // of the connection, for its values
 	deadline time.Time       // zero for none
 
-	mu     sync.Mutex
-	err    error
-	done   chan struct{} // made when somebody asks for it
-	timer  *time.Timer   // of the deadline
-	unlink func() bool   // from parent
+	mu    sync.Mutex
+	err   error
+	done  chan struct{} // made when somebody asks for it
+	timer *time.Timer   // of the deadline
 }
 
 // Deadline returns the caller's deadline.
@@ -803,20 +812,12 @@ func (r *requestContext) Value(key any) any { return r.parent.Value(key) }
 
 // Err returns why the context has ended.
 func (r *requestContext) Err() error {
-	r.mu.Lock()
-	err := r.err
-	r.mu.Unlock()
-	switch {
-	case err != nil:
-		return err
-	case r.parent.Err() != nil:
-		r.end(r.parent.Err())
-	case !r.deadline.IsZero() && !time.Now().Before(r.deadline):
+	if !r.deadline.IsZero() && !time.Now().Before(r.deadline) {
 		r.end(context.DeadlineExceeded)
-	default:
-		return nil
 	}
-	return r.Err()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.err
 }
 
 // Done returns a channel that is closed when the context ends.
@@ -829,10 +830,7 @@ func (r *requestContext) Done() <-chan struct{} {
 	r.done = make(chan struct{})
 	if r.err != nil {
 		close(r.done)
-		return r.done
-	}
-	r.unlink = context.AfterFunc(r.parent, func() { r.end(r.parent.Err()) })
-	if !r.deadline.IsZero() {
+	} else if !r.deadline.IsZero() {
 		r.timer = time.AfterFunc(time.Until(r.deadline), func() { r.end(context.DeadlineExceeded) })
 	}
 	return r.done
@@ -848,7 +846,6 @@ func (r *requestContext) end(err error) {
 	r.err = err
 	if r.done != nil {
 		close(r.done)
-		r.unlink()
 	}
 	if r.timer != nil {
 		r.timer.Stop()
