@@ -38,6 +38,7 @@ type frameQueue struct {
 	finishing bool          // no frame comes after those in pending
 	room      chan struct{} // closed when waiting may be over; nil if nobody waits
 	appended  uint64        // frames
+	seen      uint64        // frames, by who is about to write
 	taken     uint64        // frames that were taken to be written
 	touched   uint64        // frames of which a byte may have been written
 }
@@ -62,9 +63,11 @@ func (q *frameQueue) appendLocked(frame []byte) (mustFlush bool) {
 
 // startLocked tells whether nobody was writing.
 func (q *frameQueue) startLocked() (mustFlush bool) {
-	mustFlush = !q.writing
-	q.writing = true
-	return mustFlush
+	if q.writing {
+		return false
+	}
+	q.writing, q.seen = true, q.appended
+	return true
 }
 
 // finishLocked closes the sending direction after what has been appended.
@@ -105,8 +108,10 @@ func (q *frameQueue) wakeLocked() {
 func (q *frameQueue) flush() {
 	for {
 		// Those who are about to append get the chance to: with many callers that makes one write of many, and is worth a
-		// factor of three; with one caller it costs nothing that can be measured.
-		runtime.Gosched()
+		// factor of three; with one caller it costs nothing that can be measured. As long as it helps, they get another one.
+		for grew := true; grew; grew = q.grew() {
+			runtime.Gosched()
+		}
 		batch, finished := q.take()
 		switch {
 		case finished:
@@ -127,6 +132,15 @@ func (q *frameQueue) flush() {
 		}
 		q.written(batch[:0], true)
 	}
+}
+
+// grew tells whether frames were appended since it was called last, and there is room for more in a batch.
+func (q *frameQueue) grew() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	grew := q.appended != q.seen
+	q.seen = q.appended
+	return grew && q.size < batchSize
 }
 
 // written notes whether some of what was taken last may have been written.
