@@ -15,8 +15,6 @@ import (
 )
 
 const (
-	// batchSize is how much small frames are gathered for one write.
-	batchSize = 16 << 10
 	// maxPending is how many bytes may wait to be written before senders wait, too.
 	maxPending = 256 << 10
 	// maxReplyStall is how long a client may leave its replies unread, when so many wait that no call is read any more.
@@ -42,8 +40,6 @@ type frameQueue struct {
 	taken     uint64        // frames that were taken to be written
 	touched   uint64        // frames of which a byte may have been written
 }
-
-var batchBuffers = sync.Pool{New: func() any { return new([batchSize]byte) }}
 
 // appendLocked adds a frame, whose bytes it keeps if they are more than batchSize. mustFlush says that the caller has to
 // see to it that flush is called.

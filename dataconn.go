@@ -35,7 +35,7 @@ var (
 
 // sendStream sends what src has as data frames. readErr is the error that ended the source, nil for io.EOF; writeErr
 // is one of the connection.
-func (c *frameConn) sendStream(src io.Reader) (total uint64, readErr, writeErr error) {
+func (c *frameConn) sendStream(src io.Reader, spawn func(func())) (total uint64, readErr, writeErr error) {
 	b := chunkBuffers.Get().(*[headerSize + chunkSize]byte)
 	defer chunkBuffers.Put(b)
 	for empty := 0; ; {
@@ -45,10 +45,14 @@ func (c *frameConn) sendStream(src io.Reader) (total uint64, readErr, writeErr e
 		}
 		if n > 0 {
 			appendHeader(b[:0], frameData, n)
-			if err := c.write(b[:headerSize+n]); err != nil {
-				return total, nil, err
+			if total += uint64(n); total < batchSize { // all there is, perhaps
+				writeErr = c.writeSoon(b[:headerSize+n], spawn)
+			} else {
+				writeErr = c.write(b[:headerSize+n])
 			}
-			total += uint64(n)
+			if writeErr != nil {
+				return total, nil, writeErr
+			}
 			empty = 0
 		}
 		switch {
@@ -445,7 +449,7 @@ func (d *dataClient) upload(r io.Reader, closer *sourceCloser) (res result, sour
 			<-listened
 		}
 	}()
-	total, readErr, writeErr := d.c.sendStream(r)
+	total, readErr, writeErr := d.c.sendStream(r, d.spawn)
 	if readErr != nil && d.c.ended() == nil {
 		complete.Store(true)
 		if d.c.write(outcomeFrame(frameFail, nil, readErr)) == nil {
@@ -566,9 +570,11 @@ type dataServer struct {
 	lingers  bool // the connection's goroutine reads no requests any more
 	served   uint64
 
-	ended  time.Time          // when the latest request ended; written by its worker
-	worker chan struct{}      // closed when the latest worker has returned; nil before the first
-	cancel context.CancelFunc // ends the latest worker's context
+	flushers sync.WaitGroup     // of frames that were held back
+	idle     *time.Timer        // drains the connection when nothing was in progress for serverIdleTimeout
+	ended    time.Time          // when the latest request ended; guarded by mu
+	worker   chan struct{}      // closed when the latest worker has returned; nil before the first
+	cancel   context.CancelFunc // ends the latest worker's context
 }
 
 // serverStream is a request in progress on a data connection.
@@ -592,6 +598,10 @@ type serverStream struct {
 // serve reads requests until the connection ends, then ends the handler's context and waits for it. It returns why
 // the connection ended.
 func (d *dataServer) serve(ctx context.Context) error {
+	d.ended = time.Now()
+	d.idle = time.AfterFunc(serverIdleTimeout, d.closeIfIdle)
+	defer d.flushers.Wait()
+	defer d.idle.Stop()
 	for {
 		if err := d.awaitRequest(); err != nil {
 			return d.end(err)
@@ -604,9 +614,6 @@ func (d *dataServer) serve(ctx context.Context) error {
 
 // awaitRequest returns when the first byte of a request is there and the previous one has ended.
 func (d *dataServer) awaitRequest() error {
-	if !d.isBusy() {
-		d.c.setReadDeadline(time.Now().Add(serverIdleTimeout))
-	}
 	for {
 		if err := d.c.fill(1); err != nil {
 			return err
@@ -640,8 +647,7 @@ func (d *dataServer) join() {
 
 // end ends the connection after an error of reading it: in a way that the client expects, if nothing is in progress.
 func (d *dataServer) end(err error) error {
-	idle := err == io.EOF || errors.Is(err, os.ErrDeadlineExceeded)
-	if err != errInterrupted && (!idle || d.isBusy()) {
+	if err != errInterrupted && (err != io.EOF || d.isBusy()) {
 		err = d.c.lost(err)
 		if d.cancel != nil {
 			d.cancel()
@@ -692,7 +698,6 @@ func (d *dataServer) sayGoaway() {
 // readRequest reads a request and starts its worker.
 func (d *dataServer) readRequest(ctx context.Context) error {
 	d.c.startPulse()
-	d.c.setReadDeadline(time.Time{})
 	h, err := d.c.next()
 	if err != nil {
 		return noEOF(err)
@@ -781,9 +786,10 @@ func (d *dataServer) work(s *serverStream, q request) {
 	if s.limited {
 		d.c.nc.SetWriteDeadline(time.Time{})
 	}
+	d.mu.Lock()
 	d.ended = time.Now()
+	d.mu.Unlock()
 	d.c.stopPulse()
-	d.c.setReadDeadline(time.Now().Add(serverIdleTimeout))
 	d.stopIfIdle()
 }
 
@@ -793,6 +799,21 @@ func (d *dataServer) drain() {
 	d.draining = true
 	d.mu.Unlock()
 	d.stopIfIdle()
+}
+
+// closeIfIdle drains a connection on which nothing was in progress for a long time. The timer calls it.
+func (d *dataServer) closeIfIdle() {
+	d.mu.Lock()
+	left := serverIdleTimeout - time.Since(d.ended)
+	if d.busy {
+		left = serverIdleTimeout
+	}
+	d.mu.Unlock()
+	if left > 0 {
+		d.idle.Reset(left)
+	} else {
+		d.drain()
+	}
 }
 
 // stopIfIdle wakes the connection's goroutine when no further request is to be served.
@@ -864,7 +885,7 @@ func (s *serverStream) send(ctx context.Context, result []byte, stream io.ReadCl
 	if err := s.sendResult(result); err != nil {
 		return err
 	}
-	total, readErr, writeErr := s.c.sendStream(stream)
+	total, readErr, writeErr := s.c.sendStream(stream, s.d.flushers.Go)
 	s.total = total
 	switch {
 	case writeErr != nil:
@@ -890,7 +911,7 @@ func (s *serverStream) sendResult(body []byte) error {
 		return err
 	}
 	s.begun = true
-	return s.c.write(outcomeFrame(frameResult, body, nil))
+	return s.c.writeSoon(outcomeFrame(frameResult, body, nil), s.d.flushers.Go)
 }
 
 // uploadBody is the stream of an upload, as its handler has it.

@@ -55,11 +55,16 @@ const (
 	// bodyStep is what is allocated at first for a body: more comes as its bytes arrive.
 	bodyStep = 64 << 10
 
+	// batchSize is how much small frames are gathered for one write.
+	batchSize = 16 << 10
+
 	// patience is how many of its promised intervals a peer may be silent.
 	patience = 3
 	// watchesPerInterval is how often silence is looked for in one interval.
 	watchesPerInterval = 4
 )
+
+var batchBuffers = sync.Pool{New: func() any { return new([batchSize]byte) }}
 
 // frameHeader is a frame's header after its checks.
 type frameHeader struct {
@@ -95,6 +100,7 @@ type frameConn struct {
 
 	answered  chan struct{} // of a server: closed when its answer is written; nil for a client
 	writing   chan struct{} // the write lock, a channel so that waiting for it can be given up
+	held      []byte        // frames that wait for others; guarded by the write lock
 	lastWrite atomic.Int64  // when the last write ended
 	begun     atomic.Bool   // what is said first was written
 
@@ -115,7 +121,8 @@ type frameConn struct {
 // pulseState is guarded by pulseMu.
 type pulseState struct {
 	on        bool
-	timer     *time.Timer
+	timer     *time.Timer   // left running when the pulse stops: requests follow each other more closely than beats
+	fires     time.Duration // when the timer does; 0: it is not set
 	nextWatch time.Duration
 	heard     uint64 // bytes read at the last watch
 	quiet     int    // watches in a row at which the reader waited and nothing had come
@@ -149,6 +156,7 @@ func (c *frameConn) fail(cause error) error {
 	cause = c.cause
 	c.endMu.Unlock()
 	if first {
+		c.stopTimer()
 		// Below TLS first: tls.Conn.Close waits up to five seconds to send an alert through a full pipe.
 		if t, ok := c.nc.(interface{ NetConn() net.Conn }); ok && !errors.Is(cause, errPolite) {
 			t.NetConn().Close()
@@ -189,7 +197,7 @@ func (c *frameConn) violation(reason string) error {
 
 // shutWrite tells the peer that nothing more will come. It keeps the write lock for good.
 func (c *frameConn) shutWrite() {
-	if c.lockWrites() == nil {
+	if c.write(nil) == nil && c.lockWrites() == nil {
 		closeWrite(c.nc)
 	}
 }
@@ -244,8 +252,50 @@ func (c *frameConn) lockWrites() error {
 	}
 }
 
-// writeLocked writes for who holds the write lock, and releases it unless that fails.
+// writeSoon is write for frames that others are likely to follow at once, to share a system call with: they are held
+// back until the goroutine that spawn starts comes to it, or somebody writes. An error is one of the connection, and
+// what is written later gets it, too.
+func (c *frameConn) writeSoon(frames []byte, spawn func(func())) error {
+	if err := c.lockWrites(); err != nil {
+		return err
+	}
+	if len(c.held)+len(frames) > batchSize {
+		_, err := c.writeLocked(frames)
+		return err
+	}
+	first := c.held == nil
+	if first {
+		c.held = batchBuffers.Get().(*[batchSize]byte)[:0]
+	}
+	c.held = append(c.held, frames...)
+	<-c.writing
+	if first {
+		spawn(c.flushHeld)
+	}
+	return nil
+}
+
+func (c *frameConn) flushHeld() {
+	if runtime.Gosched(); c.lockWrites() == nil {
+		c.writeLocked(nil)
+	}
+}
+
+// writeLocked writes for who holds the write lock, and releases it unless that fails. What is held back goes first.
 func (c *frameConn) writeLocked(frames []byte) (touched bool, err error) {
+	if held := c.held; held != nil {
+		c.held = nil
+		defer batchBuffers.Put((*[batchSize]byte)(held[:batchSize]))
+		if len(held)+len(frames) <= batchSize {
+			frames = append(held, frames...)
+		} else if _, err := c.nc.Write(held); err != nil {
+			return true, c.lost(err)
+		}
+	}
+	if len(frames) == 0 {
+		<-c.writing
+		return false, nil
+	}
 	n, err := c.nc.Write(frames)
 	c.lastWrite.Store(int64(time.Since(c.started)))
 	c.begun.Store(true)
@@ -299,11 +349,7 @@ func (c *frameConn) startPulse() {
 	now := time.Since(c.started)
 	c.pulse.on, c.pulse.quiet, c.pulse.heard = true, 0, c.heard()
 	c.pulse.nextWatch = c.nextWatch(now)
-	if c.pulse.timer == nil {
-		c.pulse.timer = time.AfterFunc(c.nextPulse(now), c.beat)
-	} else {
-		c.pulse.timer.Reset(c.nextPulse(now))
-	}
+	c.setTimer(now)
 }
 
 // stopPulse ends heartbeats and watching: nothing is in progress any more.
@@ -311,6 +357,12 @@ func (c *frameConn) stopPulse() {
 	c.pulseMu.Lock()
 	defer c.pulseMu.Unlock()
 	c.pulse.on = false
+}
+
+// stopTimer lets go of the connection: it has ended.
+func (c *frameConn) stopTimer() {
+	c.pulseMu.Lock()
+	defer c.pulseMu.Unlock()
 	if c.pulse.timer != nil {
 		c.pulse.timer.Stop()
 	}
@@ -324,8 +376,22 @@ func (c *frameConn) setPromises(theirs promises) {
 	if c.pulse.on {
 		now := time.Since(c.started)
 		c.pulse.nextWatch = c.nextWatch(now)
-		c.pulse.timer.Reset(c.nextPulse(now))
+		c.setTimer(now)
 	}
+}
+
+// setTimer sees to it that beat is called when something is due. The caller holds pulseMu.
+func (c *frameConn) setTimer(now time.Duration) {
+	wait := c.nextPulse(now)
+	switch p := &c.pulse; {
+	case p.fires != 0 && p.fires <= now+wait:
+		return
+	case p.timer == nil:
+		p.timer = time.AfterFunc(wait, c.beat)
+	default:
+		p.timer.Reset(wait)
+	}
+	c.pulse.fires = now + wait
 }
 
 // nextWatch is when silence is to be looked for. The caller holds pulseMu.
@@ -349,6 +415,7 @@ func (c *frameConn) nextPulse(now time.Duration) time.Duration {
 // that blocks must not hold up the watch.
 func (c *frameConn) beat() {
 	c.pulseMu.Lock()
+	c.pulse.fires = 0
 	if !c.pulse.on || c.ended() != nil {
 		c.pulseMu.Unlock()
 		return
@@ -356,7 +423,7 @@ func (c *frameConn) beat() {
 	now := time.Since(c.started)
 	dead := c.watch(now)
 	due := now >= time.Duration(c.lastWrite.Load())+c.ours.heartbeat
-	c.pulse.timer.Reset(c.nextPulse(now))
+	c.setTimer(now)
 	c.pulseMu.Unlock()
 	if dead {
 		c.fail(&lostError{what: "connection lost", cause: ErrPeerTimeout})
