@@ -710,7 +710,7 @@ func (c *Client) dataConn(ctx context.Context) (*dataClient, error) {
 		if watched != nil && !d.stopWatch(watched) {
 			continue // the watcher has forgotten it
 		}
-		if d.watchTimer.Stop(); d.c.nothingWaits() {
+		if d.c.nothingWaits() {
 			return d, nil
 		}
 		d.c.close()
@@ -752,18 +752,34 @@ func (c *Client) settle(d *dataClient) {
 	defer c.mu.Unlock()
 	c.idle = append(c.idle, d)
 	d.idleSince = time.Now()
-	if d.watchTimer == nil {
+	c.watchSoon(d)
+}
+
+// watchSoon sets the timer for startWatch, unless it is set. It is left running when the connection is used: the next
+// request may be over before it fires. The caller holds mu.
+func (c *Client) watchSoon(d *dataClient) {
+	switch {
+	case d.watchSet:
+		return
+	case d.watchTimer == nil:
 		d.watchTimer = time.AfterFunc(watchDelay, func() { c.startWatch(d) })
-	} else {
+	default:
 		d.watchTimer.Reset(watchDelay)
 	}
+	d.watchSet = true
 }
 
 // startWatch begins to watch a data connection, if it is still idle. The timer calls it.
 func (c *Client) startWatch(d *dataClient) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.closed && d.watched == nil && slices.Contains(c.idle, d) {
+	d.watchSet = false
+	if c.closed || d.watched != nil || !slices.Contains(c.idle, d) {
+		return
+	}
+	if time.Since(d.idleSince) < watchDelay {
+		c.watchSoon(d)
+	} else {
 		watched := make(chan struct{})
 		d.watched = watched
 		c.goroutines.Go(func() { c.watch(d, watched) }) // ends when the connection is used again or ends; Close waits for it

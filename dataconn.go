@@ -300,6 +300,7 @@ type dataClient struct {
 	// While idle, guarded by the client's mu.
 	idleSince  time.Time
 	watchTimer *time.Timer   // starts the watcher
+	watchSet   bool          // the timer is
 	watched    chan struct{} // closed when the watcher has returned; nil if there is none
 }
 
