@@ -577,27 +577,10 @@ func (cc *controlClient) departLocked() {
 	}
 }
 
-// callHandler decodes the body of a call, runs the handler and appends the encoded result to out.
-type callHandler func(ctx context.Context, body, out []byte) ([]byte, error)
-
-// callMethod is a method that is served.
-type callMethod struct {
-	name   string
-	handle callHandler
-}
-
-// callDispatcher is what the calls of a connection are given to.
-type callDispatcher interface {
-	// acceptCall finds a method and takes a place for its handler, or says why not.
-	acceptCall(name []byte) (*callMethod, error)
-	// runCall runs the handler, and gives the place back.
-	runCall(ctx context.Context, m *callMethod, body, out []byte) ([]byte, error)
-}
-
 // controlServer is the server's end of a control connection.
 type controlServer struct {
 	c          *frameConn
-	dispatch   callDispatcher
+	dispatch   dispatcher
 	maxRunning int // calls without a reply
 	handlers   sync.WaitGroup
 
@@ -615,12 +598,13 @@ type controlServer struct {
 type serverCall struct {
 	requestContext
 	id      uint64
-	method  *callMethod
+	handler *handler
 	refusal error // why there is no handler
 	body    []byte
+	reply   []byte // the frame
 }
 
-func newControlServer(c *frameConn, maxHandlers int, dispatch callDispatcher) *controlServer {
+func newControlServer(c *frameConn, maxHandlers int, dispatch dispatcher) *controlServer {
 	s := &controlServer{
 		c: c, dispatch: dispatch, maxRunning: min(maxHandlers, math.MaxInt16) + maxReplying,
 		running: make(map[uint64]*serverCall),
@@ -720,7 +704,7 @@ func (s *controlServer) readCall(ctx context.Context, size int) error {
 	if begun, err := s.begin(call); !begun {
 		return err
 	}
-	call.method, call.refusal = s.dispatch.acceptCall(q.name)
+	call.handler, call.refusal = s.dispatch.accept(frameCall, q.name)
 	s.handlers.Add(1)
 	go s.run(call)
 	return nil
@@ -759,31 +743,35 @@ func (s *controlServer) run(call *serverCall) {
 	replied := false
 	defer func() {
 		if !replied { // the handler has called runtime.Goexit
-			s.reply(call, appendReply(nil, call.id, errNoReturn))
+			s.reply(call, finishFrame(appendReply(nil, call.id, errNoReturn), 0))
 		}
 		s.handlers.Done()
 	}()
 	buf := frameBuffers.Get().(*[]byte)
-	frame := s.handle(call, (*buf)[:0])
-	replied = true
-	recycleBody(call.body)
-	s.reply(call, frame)
-	putFrameBuffer(buf, frame)
-}
-
-// handle returns the reply to a call.
-func (s *controlServer) handle(call *serverCall, b []byte) []byte {
+	call.reply = (*buf)[:0]
 	err := call.refusal
 	if err == nil {
-		out := appendReply(b, call.id, nil)
-		start := len(out)
-		if out, err = s.dispatch.runCall(call, call.method, call.body, out); err == nil {
-			if err = checkBody(len(out)-start, s.c.theirs.maxBody); err == nil {
-				return finishFrame(out, 0)
-			}
-		}
+		err = s.dispatch.run(call, call.handler, call)
 	}
-	return appendReply(b, call.id, err)
+	if err == nil {
+		err = checkBody(len(call.reply)-headerSize-8-1, s.c.theirs.maxBody)
+	}
+	if err != nil {
+		call.reply = appendReply(call.reply[:0], call.id, err)
+	}
+	replied = true
+	recycleBody(call.body)
+	s.reply(call, finishFrame(call.reply, 0))
+	putFrameBuffer(buf, call.reply)
+}
+
+// handle runs the handler of a call.
+func (call *serverCall) handle(ctx context.Context, h *handler) error {
+	res, _, err := h.run(ctx, call.body, nil)
+	if err == nil {
+		call.reply, err = appendResult(appendReply(call.reply, call.id, nil), res)
+	}
+	return err
 }
 
 // appendReply appends a reply: an error, or one of success, to which the body is still to be appended.
@@ -792,7 +780,7 @@ func appendReply(b []byte, id uint64, err error) []byte {
 	if err == nil {
 		return append(b, byte(OK))
 	}
-	return finishFrame(appendError(b, err), 0)
+	return appendError(b, err)
 }
 
 // reply sends the one reply of a call, and after the last one that is due closes the sending direction.

@@ -552,15 +552,11 @@ func (s *downloadStream) Close() error {
 	return nil
 }
 
-// streamFunc handles a download or an upload whose handler has got its place, and gives the place back.
-type streamFunc func(ctx context.Context, body []byte, s *serverStream) error
-
 // dataServer is the server's end of a data connection. Its own goroutine reads; a worker runs the handler, and reads
 // in its stead while an upload's stream arrives.
 type dataServer struct {
-	c *frameConn
-	// accept finds who handles an endpoint and takes a place for the handler, or says why not.
-	accept func(kind frameType, endpoint string) (streamFunc, error)
+	c        *frameConn
+	dispatch dispatcher
 	// panicked is told of a panic of a source's Close.
 	panicked func(p any)
 
@@ -583,13 +579,14 @@ type serverStream struct {
 	d       *dataServer
 	kind    frameType
 	ctx     context.Context
+	body    []byte // of the request
+	result  []byte
 	begun   bool   // the result of a download was sent
 	total   uint64 // of a download
 	limited bool   // writes have a deadline
 
 	// Of an upload.
 	streamReader
-	result  []byte
 	ended   chan struct{} // closed when nothing of the stream is left to be read
 	release func() bool   // of what interrupts reads when ctx ends
 	reading sync.Mutex    // held by the handler's reads
@@ -716,13 +713,13 @@ func (d *dataServer) readRequest(ctx context.Context) error {
 	if !d.begin() {
 		return errInterrupted
 	}
-	s := &serverStream{streamReader: streamReader{c: d.c}, d: d, kind: h.kind, ended: make(chan struct{})}
+	s := &serverStream{streamReader: streamReader{c: d.c}, d: d, kind: h.kind, body: q.body, ended: make(chan struct{})}
 	s.ctx, d.cancel = callContext(ctx, q.timeout)
 	worker := make(chan struct{})
 	d.worker = worker
 	go func() { // ends with the handler; join waits for it
 		defer close(worker)
-		d.work(s, q)
+		d.work(s, q.name)
 	}()
 	if h.kind == frameUpload {
 		return d.lendReader(s)
@@ -760,7 +757,7 @@ func (d *dataServer) lendReader(s *serverStream) error {
 }
 
 // work runs the handler of a request and sends the last frame.
-func (d *dataServer) work(s *serverStream, q request) {
+func (d *dataServer) work(s *serverStream, endpoint []byte) {
 	returned := false
 	cancel := d.cancel
 	defer func() {
@@ -769,11 +766,11 @@ func (d *dataServer) work(s *serverStream, q request) {
 			d.c.fail(errNoReturn)
 		}
 	}()
-	f, err := d.accept(s.kind, string(q.name))
+	h, err := d.dispatch.accept(s.kind, endpoint)
 	if err == nil {
-		err = f(s.ctx, q.body, s)
+		err = d.dispatch.run(s.ctx, h, s)
 	}
-	recycleBody(q.body)
+	recycleBody(s.body)
 	returned = true
 	last, reusable := s.lastFrame(err)
 	d.mu.Lock()
@@ -826,8 +823,24 @@ func (d *dataServer) stopIfIdle() {
 	}
 }
 
-// receive has handle read the stream of an upload, until it returns. The end of ctx makes its reads end.
-func (s *serverStream) receive(ctx context.Context, handle func(r io.Reader) error) error {
+// handle runs the handler of a download or an upload.
+func (s *serverStream) handle(ctx context.Context, h *handler) error {
+	if s.kind == frameUpload {
+		return s.receive(ctx, h)
+	}
+	res, stream, err := h.run(ctx, s.body, nil)
+	if err == nil {
+		s.result, err = appendResult(nil, res)
+	}
+	if err != nil {
+		s.closer(stream).close()
+		return err
+	}
+	return s.send(ctx, stream)
+}
+
+// receive has the handler read the stream of an upload, until it returns. The end of ctx makes its reads end.
+func (s *serverStream) receive(ctx context.Context, h *handler) error {
 	s.c.grow()
 	s.ctx = ctx
 	s.release = whenDone(ctx, s.c.interrupt)
@@ -837,7 +850,13 @@ func (s *serverStream) receive(ctx context.Context, handle func(r io.Reader) err
 			s.handled.Store(true)
 		}
 	}()
-	err := handle(uploadBody{s})
+	res, _, err := h.run(ctx, s.body, uploadBody{s})
+	if err == nil {
+		s.result, err = appendResult(nil, res)
+	}
+	if err == nil {
+		err = checkBody(len(s.result), s.c.theirs.maxBody)
+	}
 	returned = true
 	s.handled.Store(true)
 	if !s.reading.TryLock() { // a Read was left behind, and has the connection
@@ -871,9 +890,9 @@ func (s *serverStream) lastFrame(err error) (frame []byte, reusable bool) {
 }
 
 // send sends the result of a download, then the stream, and closes that on every path. A nil stream is an empty one.
-func (s *serverStream) send(ctx context.Context, result []byte, stream io.ReadCloser) error {
+func (s *serverStream) send(ctx context.Context, stream io.ReadCloser) error {
 	if stream == nil {
-		return s.sendResult(result)
+		return s.sendResult()
 	}
 	closer := s.closer(stream)
 	defer closer.close()
@@ -883,7 +902,7 @@ func (s *serverStream) send(ctx context.Context, result []byte, stream io.ReadCl
 		closer.close()
 	})
 	defer release()
-	if err := s.sendResult(result); err != nil {
+	if err := s.sendResult(); err != nil {
 		return err
 	}
 	total, readErr, writeErr := s.c.sendStream(stream, s.d.flushers.Go)
@@ -907,12 +926,12 @@ func (s *serverStream) closer(stream io.Reader) *sourceCloser {
 	return &sourceCloser{source: stream, panicked: s.d.panicked}
 }
 
-func (s *serverStream) sendResult(body []byte) error {
-	if err := checkBody(len(body), s.c.theirs.maxBody); err != nil {
+func (s *serverStream) sendResult() error {
+	if err := checkBody(len(s.result), s.c.theirs.maxBody); err != nil {
 		return err
 	}
 	s.begun = true
-	return s.c.writeSoon(outcomeFrame(frameResult, body, nil), s.d.flushers.Go)
+	return s.c.writeSoon(outcomeFrame(frameResult, s.result, nil), s.d.flushers.Go)
 }
 
 // uploadBody is the stream of an upload, as its handler has it.

@@ -850,6 +850,45 @@ func wireText(err error) string {
 	return text[:cut]
 }
 
+// of returns the counters of the requests of a kind, and of those that failed.
+func (c *counters) of(kind frameType) (all, failed *atomic.Uint64) {
+	if kind == frameCall {
+		return &c.calls, &c.callsFailed
+	}
+	return &c.streams, &c.failed
+}
+
+// handlerFunc decodes a request and handles it. stream is an upload's, out a download's.
+type handlerFunc func(ctx context.Context, body []byte, stream io.Reader) (res Message, out io.ReadCloser, err error)
+
+// handler serves a method or an endpoint.
+type handler struct {
+	kind frameType // of the request
+	name string
+	run  handlerFunc
+}
+
+// task is a request for which a handler is run.
+type task interface {
+	handle(ctx context.Context, h *handler) error
+}
+
+// dispatcher is what the requests of a server's connection are given to.
+type dispatcher interface {
+	// accept finds a handler and takes a place for it, or says why not.
+	accept(kind frameType, name []byte) (*handler, error)
+	// run has a task handled, and gives the place back.
+	run(ctx context.Context, h *handler, t task) error
+}
+
+// appendResult appends a handler's result.
+func appendResult(b []byte, res Message) ([]byte, error) {
+	if isNil(res) {
+		return nil, &Error{Code: Internal, Message: "the handler returned neither a result nor an error"}
+	}
+	return appendMessage(b, res)
+}
+
 // timeoutOf is the time that ctx leaves, for a request: 0 for none, and never 0 for little.
 func timeoutOf(ctx context.Context) time.Duration {
 	deadline, ok := ctx.Deadline()

@@ -166,9 +166,7 @@ type Server struct {
 	goroutines sync.WaitGroup // Add only with mu held, and not after Close
 
 	handlersMu sync.RWMutex
-	calls      map[string]*callMethod
-	downloads  map[string]streamFunc
-	uploads    map[string]streamFunc
+	handlers   map[handlerKey]*handler
 
 	mu         sync.Mutex
 	state      serverState
@@ -177,7 +175,7 @@ type Server struct {
 	conns      map[*serverConn]struct{}
 	perClient  map[string]int
 	lingering  int           // connections that were refused and are not closed yet
-	handlers   int           // that run
+	running    int           // handlers
 	changed    chan struct{} // closed and replaced when a connection ends
 }
 
@@ -198,7 +196,7 @@ func NewServer(h Handler, config ServerConfig) *Server {
 	s := &Server{
 		config: config, invalid: invalid, ours: promises{config.HeartbeatInterval, config.MaxMessageSize},
 		ctx: ctx, cancel: cancel,
-		calls: make(map[string]*callMethod), downloads: make(map[string]streamFunc), uploads: make(map[string]streamFunc),
+		handlers:  make(map[handlerKey]*handler),
 		listeners: make(map[*Listener]func() error), conns: make(map[*serverConn]struct{}),
 		perClient: make(map[string]int), changed: make(chan struct{}),
 	}
@@ -227,17 +225,14 @@ func HandleCall[T any, Req interface {
 	*T
 	Message
 }, Res Message](s *Server, method string, f func(context.Context, Req) (Res, error)) {
-	register(s, s.calls, method, f == nil, &callMethod{method, func(ctx context.Context, body, out []byte) ([]byte, error) {
-		req, err := decode[T, Req](body)
-		if err != nil {
-			return nil, err
+	s.register(frameCall, method, f == nil, func(ctx context.Context, body []byte, _ io.Reader) (Message, io.ReadCloser, error) {
+		req := Req(new(T))
+		if err := decodeRequest(req, body); err != nil {
+			return nil, nil, err
 		}
 		res, err := f(ctx, req)
-		if err != nil {
-			return nil, err
-		}
-		return appendResult(out, res)
-	}})
+		return res, nil, err
+	})
 }
 
 // HandleDownload has f handle the downloads of an endpoint, a name of 1 to 255 bytes. f returns a result and a stream,
@@ -247,21 +242,12 @@ func HandleDownload[T any, Req interface {
 	*T
 	Message
 }, Res Message](s *Server, endpoint string, f func(context.Context, Req) (Res, io.ReadCloser, error)) {
-	register(s, s.downloads, endpoint, f == nil, func(ctx context.Context, body []byte, x *serverStream) error {
-		req, err := decode[T, Req](body)
-		if err != nil {
-			return err
+	s.register(frameDownload, endpoint, f == nil, func(ctx context.Context, body []byte, _ io.Reader) (Message, io.ReadCloser, error) {
+		req := Req(new(T))
+		if err := decodeRequest(req, body); err != nil {
+			return nil, nil, err
 		}
-		res, stream, err := f(ctx, req)
-		var result []byte
-		if err == nil {
-			result, err = appendResult(nil, res)
-		}
-		if err != nil {
-			x.closer(stream).close()
-			return err
-		}
-		return x.send(ctx, result, stream)
+		return f(ctx, req)
 	})
 }
 
@@ -272,22 +258,13 @@ func HandleUpload[T any, Req interface {
 	*T
 	Message
 }, Res Message](s *Server, endpoint string, f func(context.Context, Req, io.Reader) (Res, error)) {
-	register(s, s.uploads, endpoint, f == nil, func(ctx context.Context, body []byte, x *serverStream) error {
-		req, err := decode[T, Req](body)
-		if err != nil {
-			return err
+	s.register(frameUpload, endpoint, f == nil, func(ctx context.Context, body []byte, r io.Reader) (Message, io.ReadCloser, error) {
+		req := Req(new(T))
+		if err := decodeRequest(req, body); err != nil {
+			return nil, nil, err
 		}
-		return x.receive(ctx, func(r io.Reader) error {
-			res, err := f(ctx, req, r)
-			if err != nil {
-				return err
-			}
-			x.result, err = appendResult(nil, res)
-			if err == nil {
-				err = checkBody(len(x.result), x.c.theirs.maxBody)
-			}
-			return err
-		})
+		res, err := f(ctx, req, r)
+		return res, nil, err
 	})
 }
 
@@ -307,38 +284,32 @@ func (s *Server) HandleLabel(label string, f func(ctx context.Context, conn net.
 	}
 }
 
-func register[H any](s *Server, handlers map[string]H, name string, isNil bool, h H) {
+// handlerKey is how a handler is found.
+type handlerKey struct {
+	kind frameType
+	name string
+}
+
+func (s *Server) register(kind frameType, name string, isNil bool, run handlerFunc) {
 	s.handlersMu.Lock()
 	defer s.handlersMu.Unlock()
-	_, taken := handlers[name]
+	key := handlerKey{kind, name}
 	switch {
 	case isNil:
 		panic("rpc: the handler for " + quoted(name) + " is nil")
 	case len(name) < 1 || len(name) > maxName:
 		panic("rpc: the name " + quoted(name) + " is not 1 to 255 bytes long")
-	case taken:
+	case s.handlers[key] != nil:
 		panic("rpc: " + quoted(name) + " has a handler already")
 	}
-	handlers[name] = h
+	s.handlers[key] = &handler{kind, name, run}
 }
 
-func decode[T any, Req interface {
-	*T
-	Message
-}](body []byte) (Req, error) {
-	req := Req(new(T))
+func decodeRequest(req Message, body []byte) error {
 	if err := req.UnmarshalBinary(body); err != nil {
-		return nil, &Error{Code: InvalidArgument, Message: "cannot decode the request: " + err.Error()}
+		return &Error{Code: InvalidArgument, Message: "cannot decode the request: " + err.Error()}
 	}
-	return req, nil
-}
-
-// appendResult appends a handler's result.
-func appendResult[Res Message](b []byte, res Res) ([]byte, error) {
-	if isNil(res) {
-		return nil, &Error{Code: Internal, Message: "the handler returned neither a result nor an error"}
-	}
-	return appendMessage(b, res)
+	return nil
 }
 
 // Stats returns the server's counters.
@@ -627,7 +598,7 @@ func (s *Server) admitConn(h *handshake, conn *serverConn) error {
 	}
 	if conn.serveOwn != nil {
 		if err := s.takePlaceLocked(); err != nil {
-			return &refusalError{ResourceExhausted, err.Message}
+			return &refusalError{ResourceExhausted, err.(*Error).Message}
 		}
 	} else {
 		conn.fc = newFrameConn(conn.nc, s.ours, &s.stats)
@@ -663,7 +634,7 @@ func (s *Server) removeConn(conn *serverConn) {
 	defer s.mu.Unlock()
 	delete(s.conns, conn)
 	if conn.serveOwn != nil {
-		s.handlers--
+		s.running--
 	}
 	if s.perClient[conn.identity]--; s.perClient[conn.identity] == 0 {
 		delete(s.perClient, conn.identity)
@@ -747,7 +718,7 @@ func (s *Server) serveConn(conn *serverConn) {
 		s.setDrain(conn, cs.drain)
 		err = cs.serve(ctx)
 	case labelData:
-		ds := &dataServer{c: conn.fc, accept: conn.acceptStream, panicked: func(p any) { s.logPanic(ctx, "closing a source", p) }}
+		ds := &dataServer{c: conn.fc, dispatch: conn, panicked: func(p any) { s.logPanic(ctx, "closing a source", p) }}
 		s.setDrain(conn, ds.drain)
 		err = ds.serve(ctx)
 	default:
@@ -777,159 +748,115 @@ func (s *Server) serveLabel(ctx context.Context, conn *serverConn) {
 	if <-conn.answered; conn.refused != nil {
 		return
 	}
-	err := conn.intercept(ctx, "", func(ctx context.Context) error {
-		conn.serveOwn(ctx, conn.nc)
-		return nil
-	})
+	err := conn.intercept(ctx, &handler{}, conn)
 	if err != nil {
 		s.config.Logger.WarnContext(ctx, "label handler failed", "label", conn.label, "identity", conn.identity, "error", err)
 	}
 }
 
-func (s *Server) takePlace() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err := s.takePlaceLocked(); err != nil {
-		return err
-	}
+// handle is what a label's handler is run by.
+func (conn *serverConn) handle(ctx context.Context, _ *handler) error {
+	conn.serveOwn(ctx, conn.nc)
 	return nil
 }
 
-func (s *Server) takePlaceLocked() *Error {
-	if s.handlers >= s.config.MaxHandlers {
-		return &Error{Code: ResourceExhausted, Message: "the server runs " + strconv.Itoa(s.handlers) + " handlers already"}
+func (s *Server) takePlaceLocked() error {
+	if s.running >= s.config.MaxHandlers {
+		return &Error{Code: ResourceExhausted, Message: "the server runs " + strconv.Itoa(s.running) + " handlers already"}
 	}
-	s.handlers++
+	s.running++
 	return nil
 }
 
-func (s *Server) releasePlace() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.handlers--
-}
-
-// acceptCall finds a method and takes a place for its handler.
-func (conn *serverConn) acceptCall(name []byte) (*callMethod, error) {
+// accept finds a handler and takes a place for it. Pings need none.
+func (conn *serverConn) accept(kind frameType, name []byte) (*handler, error) {
 	s := conn.s
-	s.stats.calls.Add(1)
+	count, _ := s.stats.of(kind)
+	count.Add(1)
 	s.handlersMu.RLock()
-	m := s.calls[string(name)]
+	h := s.handlers[handlerKey{kind, string(name)}]
 	s.handlersMu.RUnlock()
 	var err error
-	switch {
-	case m == nil:
-		err = unimplemented(string(name))
-	case m.name != methodPing:
-		err = s.takePlace()
-	}
-	if err != nil {
-		s.stats.callsFailed.Add(1)
-	}
-	return m, err
-}
-
-// runCall runs the handler of a method, and gives its place back.
-func (conn *serverConn) runCall(ctx context.Context, m *callMethod, body, out []byte) ([]byte, error) {
-	handle := conn.containCall
-	if conn.s.config.Intercept != nil && m.name != methodPing {
-		handle = conn.interceptCall
-	}
-	if m.name != methodPing {
-		defer conn.s.releasePlace()
-	}
-	out, err := handle(ctx, m, body, out)
-	if err != nil {
-		conn.s.stats.callsFailed.Add(1)
-	}
-	return out, err
-}
-
-// interceptCall is intercept for a call.
-func (conn *serverConn) interceptCall(ctx context.Context, m *callMethod, body, out []byte) ([]byte, error) {
-	err := conn.intercept(ctx, m.name, func(ctx context.Context) (err error) {
-		out, err = m.handle(ctx, body, out)
-		return err
-	})
-	return out, err
-}
-
-// containCall is contain for a call, without a closure.
-func (conn *serverConn) containCall(ctx context.Context, m *callMethod, body, out []byte) (res []byte, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = conn.panicked(ctx, m.name, p)
-		}
-	}()
-	res, err = m.handle(ctx, body, out)
-	return res, forTheWire(err)
-}
-
-// acceptStream finds the handler of an endpoint and takes a place for it.
-func (conn *serverConn) acceptStream(kind frameType, endpoint string) (streamFunc, error) {
-	s := conn.s
-	handlers := s.downloads
-	if kind == frameUpload {
-		handlers = s.uploads
-	}
-	s.stats.streams.Add(1)
-	s.handlersMu.RLock()
-	h := handlers[endpoint]
-	s.handlersMu.RUnlock()
 	if h == nil {
-		s.stats.failed.Add(1)
-		return nil, unimplemented(endpoint)
+		err = unimplemented(string(name))
+	} else if h.name != methodPing {
+		s.mu.Lock()
+		err = s.takePlaceLocked()
+		s.mu.Unlock()
 	}
-	if kind == frameDownload && endpoint == methodPing {
-		return h, nil
+	if err != nil {
+		s.countFailure(kind)
 	}
-	if err := s.takePlace(); err != nil {
-		s.stats.failed.Add(1)
-		return nil, err
-	}
-	return func(ctx context.Context, body []byte, x *serverStream) error {
-		defer s.releasePlace()
-		err := conn.intercept(ctx, endpoint, func(ctx context.Context) error { return h(ctx, body, x) })
-		if err != nil {
-			s.stats.failed.Add(1)
-		}
-		return err
-	}, nil
+	return h, err
 }
 
-// intercept calls handle, through Intercept if there is one, and makes a panic an error.
-func (conn *serverConn) intercept(ctx context.Context, method string, handle func(context.Context) error) error {
-	s := conn.s
-	if s.config.Intercept == nil {
-		return conn.contain(ctx, method, handle)
+func (s *Server) countFailure(kind frameType) {
+	_, failures := s.stats.of(kind)
+	failures.Add(1)
+}
+
+// run runs a handler, and gives its place back.
+func (conn *serverConn) run(ctx context.Context, h *handler, t task) error {
+	run := conn.contain
+	if h.name != methodPing {
+		defer conn.s.releasePlace()
+		run = conn.intercept
 	}
-	err := error(&Error{Code: PermissionDenied, Message: "the call was not let through"})
-	info := CallInfo{Label: conn.label, Method: method, Identity: conn.identity, RemoteAddr: conn.nc.RemoteAddr()}
-	panicked := conn.contain(ctx, method, func(ctx context.Context) error {
-		called := false
-		s.config.Intercept(ctx, info, func(ctx context.Context) {
-			if called {
-				panic("rpc: Intercept called handle twice")
-			}
-			called = true
-			err = conn.contain(ctx, method, handle)
-		})
-		return nil
-	})
-	if panicked != nil {
-		return panicked
+	err := run(ctx, h, t)
+	if err != nil {
+		conn.s.countFailure(h.kind)
 	}
 	return err
 }
 
-// contain makes a panic of f an Internal error, and logs it.
-func (conn *serverConn) contain(ctx context.Context, method string, f func(context.Context) error) (err error) {
+func (s *Server) releasePlace() {
+	s.mu.Lock()
+	s.running--
+	s.mu.Unlock()
+}
+
+// intercept is contain through Intercept, if there is one.
+func (conn *serverConn) intercept(ctx context.Context, h *handler, t task) error {
+	s := conn.s
+	if s.config.Intercept == nil {
+		return conn.contain(ctx, h, t)
+	}
+	i := &interception{conn: conn, t: t, err: &Error{Code: PermissionDenied, Message: "the call was not let through"}}
+	if panicked := conn.contain(ctx, h, i); panicked != nil {
+		return panicked
+	}
+	return i.err
+}
+
+// interception is a task that is handled through Intercept.
+type interception struct {
+	conn   *serverConn
+	t      task
+	called bool
+	err    error
+}
+
+func (i *interception) handle(ctx context.Context, h *handler) error {
+	info := CallInfo{Label: i.conn.label, Method: h.name, Identity: i.conn.identity, RemoteAddr: i.conn.nc.RemoteAddr()}
+	i.conn.s.config.Intercept(ctx, info, func(ctx context.Context) {
+		if i.called {
+			panic("rpc: Intercept called handle twice")
+		}
+		i.called = true
+		i.err = i.conn.contain(ctx, h, i.t)
+	})
+	return nil
+}
+
+// contain handles a task, makes a panic an Internal error, and logs it.
+func (conn *serverConn) contain(ctx context.Context, h *handler, t task) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			err = conn.panicked(ctx, method, p)
+			conn.s.logPanic(ctx, "the handler of "+orDefault(h.name, conn.label), p)
+			err = &Error{Code: Internal, Message: "the handler panicked"}
 		}
 	}()
-	return forTheWire(f(ctx))
+	return forTheWire(t.handle(ctx, h))
 }
 
 // forTheWire makes a handler's error one whose methods are ours: those of others may panic.
@@ -938,12 +865,6 @@ func forTheWire(err error) error {
 		return nil
 	}
 	return &Error{Code: CodeOf(err), Message: wireText(err)}
-}
-
-// panicked is the error for a panic of a handler.
-func (conn *serverConn) panicked(ctx context.Context, method string, p any) error {
-	conn.s.logPanic(ctx, "the handler of "+orDefault(method, conn.label), p)
-	return &Error{Code: Internal, Message: "the handler panicked"}
 }
 
 func (s *Server) logPanic(ctx context.Context, who string, p any) {
