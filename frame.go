@@ -288,8 +288,10 @@ func (c *frameConn) writeLocked(frames []byte) (touched bool, err error) {
 		defer batchBuffers.Put((*[batchSize]byte)(held[:batchSize]))
 		if len(held)+len(frames) <= batchSize {
 			frames = append(held, frames...)
-		} else if _, err := c.nc.Write(held); err != nil {
+		} else if n, err := c.nc.Write(held); err != nil {
 			return true, c.lost(err)
+		} else {
+			c.stats.written.Add(uint64(n))
 		}
 	}
 	if len(frames) == 0 {
