@@ -36,7 +36,8 @@ type frameQueue struct {
 	finishing bool          // no frame comes after those in pending
 	room      chan struct{} // closed when waiting may be over; nil if nobody waits
 	appended  uint64        // frames
-	seen      uint64        // frames, by who is about to write
+	crowded   bool          // other calls are in flight
+	seen      uint64        // frames, by expectsMore
 	taken     uint64        // frames that were taken to be written
 	touched   uint64        // frames of which a byte may have been written
 }
@@ -62,7 +63,10 @@ func (q *frameQueue) startLocked() (mustFlush bool) {
 	if q.writing {
 		return false
 	}
-	q.writing, q.seen = true, q.appended
+	q.writing = true
+	if q.seen = q.appended; q.crowded {
+		q.seen-- // as if one had just come
+	}
 	return true
 }
 
@@ -104,8 +108,8 @@ func (q *frameQueue) wakeLocked() {
 func (q *frameQueue) flush() {
 	for {
 		// Those who are about to append get the chance to: with many callers that makes one write of many, and is worth a
-		// factor of three; with one caller it costs nothing that can be measured. As long as it helps, they get another one.
-		for grew := true; grew; grew = q.grew() {
+		// factor of three. As long as it helps, they get another one.
+		for q.expectsMore() {
 			runtime.Gosched()
 		}
 		batch, finished := q.take()
@@ -130,13 +134,14 @@ func (q *frameQueue) flush() {
 	}
 }
 
-// grew tells whether frames were appended since it was called last, and there is room for more in a batch.
-func (q *frameQueue) grew() bool {
+// expectsMore tells whether frames are likely to be appended soon, and there is room for them in a batch: some were since
+// it was asked last, or other calls were in flight when the writing began.
+func (q *frameQueue) expectsMore() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	grew := q.appended != q.seen
+	more := q.appended != q.seen
 	q.seen = q.appended
-	return grew && q.size < batchSize
+	return more && q.size < batchSize
 }
 
 // written notes whether some of what was taken last may have been written.
@@ -467,6 +472,7 @@ func (cc *controlClient) begin(ctx context.Context, frame []byte, bodySize int, 
 	call.id = cc.lastID.Add(1)
 	binary.BigEndian.PutUint64(frame[headerSize:], call.id)
 	cc.calls[call.id] = call
+	cc.q.crowded = len(cc.calls) > 1
 	cc.flushLocked(cc.q.appendLocked(frame))
 	call.number = cc.q.appended
 	call.deadline = deadline
@@ -788,6 +794,7 @@ func (s *controlServer) reply(call *serverCall, frame []byte) {
 	call.end(context.Canceled)
 	s.q.mu.Lock()
 	delete(s.running, call.id)
+	s.q.crowded = len(s.running) > 0
 	mustFlush := s.q.appendLocked(frame)
 	if s.q.wakeLocked(); s.draining && len(s.running) == 0 {
 		mustFlush = s.q.finishLocked() || mustFlush
