@@ -3,10 +3,8 @@ package rpc
 import (
 	"context"
 	"errors"
-	"maps"
 	"net"
 	"net/netip"
-	"slices"
 	"strconv"
 	"strings"
 )
@@ -78,13 +76,12 @@ func ListenTCP(addr string, clients map[string]string) (*Listener, error) {
 
 // clientEntry is an entry of ListenTCP's map.
 type clientEntry struct {
-	text     string       // the key as it was written, for errors
 	prefix   netip.Prefix // masked; for an address of all its bits; never IPv4 in IPv6 form, never with a zone
-	zone     string       // "" for any
+	zone     string       // "" for any; with one, the prefix is an address
 	identity string       // with * for the address
 }
 
-// clientEntries are in order of precedence: the first that matches wins.
+// clientEntries are in no order: they are few, and sorting them would be most of the code here.
 type clientEntries []clientEntry
 
 func parseClients(clients map[string]string) (clientEntries, error) {
@@ -92,54 +89,51 @@ func parseClients(clients map[string]string) (clientEntries, error) {
 		return nil, errors.New("rpc: listen: no clients are listed, so that none could connect")
 	}
 	entries := make(clientEntries, 0, len(clients))
-	for _, text := range slices.Sorted(maps.Keys(clients)) { // sorted, so that the same map gives the same error
-		entry, err := parseClient(text, clients[text])
-		if err != nil {
-			return nil, err
+	spelled := make(map[string]string, len(clients)) // the keys, by what they mean
+	wrong := ""                                      // the least of the errors, so that the same map gives the same one
+	for text, identity := range clients {
+		entry, reason := parseClient(text, identity)
+		meaning := entry.prefix.String() + "%" + entry.zone
+		if other := spelled[meaning]; reason == "" && other != "" {
+			first, second := min(text, other), max(text, other)
+			reason = "s " + quoted(first) + " and " + quoted(second) + " are the same prefix"
+			text = first
 		}
+		if reason != "" && (wrong == "" || reason < wrong) {
+			wrong = reason
+		}
+		spelled[meaning] = text
 		entries = append(entries, entry)
 	}
-	slices.SortFunc(entries, clientEntry.compare)
-	for i := 1; i < len(entries); i++ {
-		if a, b := entries[i-1], entries[i]; a.prefix == b.prefix && a.zone == b.zone {
-			return nil, errors.New("rpc: clients " + quoted(a.text) + " and " + quoted(b.text) + " are the same prefix")
-		}
+	if wrong != "" {
+		return nil, errors.New("rpc: client" + wrong)
 	}
 	return entries, nil
 }
 
-// compare puts addresses with a zone first, then longer prefixes before shorter ones, and the spellings of one
-// prefix side by side.
-func (e clientEntry) compare(other clientEntry) int {
-	if (e.zone == "") != (other.zone == "") {
-		return strings.Compare(other.zone, e.zone)
-	}
-	if d := other.prefix.Bits() - e.prefix.Bits(); d != 0 {
-		return d
-	}
-	if d := e.prefix.Addr().Compare(other.prefix.Addr()); d != 0 {
-		return d
-	}
-	if d := strings.Compare(e.zone, other.zone); d != 0 {
-		return d
-	}
-	return strings.Compare(e.text, other.text)
-}
-
-func parseClient(text, identity string) (clientEntry, error) {
+// parseClient returns what is wrong with an entry as the rest of an error, "" if nothing is.
+func parseClient(text, identity string) (e clientEntry, wrong string) {
 	prefix, zone, err := parseClientPrefix(text)
 	if err != nil {
-		return clientEntry{}, errors.New("rpc: client " + quoted(text) + ": " + err.Error())
+		return e, " " + quoted(text) + ": " + err.Error()
 	}
 	sample := identity
 	if strings.Contains(text, "/") {
-		sample = strings.ReplaceAll(identity, "*", longestAddr(prefix))
+		sample = fillIn(identity, "*", longestAddr(prefix))
 	}
 	if !validIdentity(sample) {
-		wrong := quoted(identity) + " is not a valid identity"
-		return clientEntry{}, errors.New("rpc: client " + quoted(text) + ": " + wrong)
+		wrong = " " + quoted(text) + ": " + quoted(identity) + " is not a valid identity"
 	}
-	return clientEntry{text, prefix, zone, identity}, nil
+	return clientEntry{prefix, zone, identity}, wrong
+}
+
+// fillIn puts something in the place of each mark in s.
+func fillIn(s, mark, with string) string {
+	before, after, found := strings.Cut(s, mark)
+	if !found {
+		return s
+	}
+	return before + with + fillIn(after, mark, with)
 }
 
 // parseClientPrefix reads a key of the map: an address, an address with a zone, or a prefix.
@@ -184,22 +178,30 @@ func longestAddr(p netip.Prefix) string {
 func (es clientEntries) identify(remote net.Addr) (string, error) {
 	addr, text := remoteAddr(remote)
 	bare := addr.WithZone("")
+	best := clientEntry{}
 	for _, e := range es {
-		if e.prefix.Contains(bare) && (e.zone == "" || e.zone == addr.Zone()) {
-			return e.name(text)
+		if e.prefix.Contains(bare) && (e.zone == "" || e.zone == addr.Zone()) && e.rank() > best.rank() {
+			best = e
 		}
 	}
-	return "", &Error{PermissionDenied, "client " + quoted(text) + " is not allowed"}
-}
-
-// name is the identity of a client at the address. Only a zone can make it one that is not valid.
-func (e clientEntry) name(addr string) (string, error) {
-	identity := strings.ReplaceAll(e.identity, "*", strings.ReplaceAll(addr, "%", "-"))
+	if !best.prefix.IsValid() {
+		return "", &Error{PermissionDenied, "client " + quoted(text) + " is not allowed"}
+	}
+	identity := fillIn(best.identity, "*", fillIn(text, "%", "-")) // only a zone can make it one that is not valid
 	if !validIdentity(identity) {
-		reason := "client " + quoted(addr) + " is not allowed: its address makes no valid identity"
+		reason := "client " + quoted(text) + " is not allowed: its address makes no valid identity"
 		return "", &Error{PermissionDenied, reason}
 	}
 	return identity, nil
+}
+
+// rank is higher for what goes before: a longer prefix, and an address with a zone before that without. An entry that
+// is none has the lowest.
+func (e *clientEntry) rank() int {
+	if e.zone != "" {
+		return e.prefix.Bits() + 1
+	}
+	return e.prefix.Bits()
 }
 
 // remoteAddr is the address without its port, and how to write it. Of what is none, the address is not valid and in
@@ -209,12 +211,12 @@ func remoteAddr(remote net.Addr) (addr netip.Addr, text string) {
 		return addr, ""
 	}
 	text = remote.String()
-	addr, err := netip.ParseAddr(text)
-	if addrPort, portErr := netip.ParseAddrPort(text); portErr == nil {
-		addr, err = addrPort.Addr(), nil
-	}
+	host, _, err := net.SplitHostPort(text)
 	if err != nil {
-		return netip.Addr{}, text
+		host = text
+	}
+	if addr, err = netip.ParseAddr(host); err != nil {
+		return addr, text
 	}
 	addr = addr.Unmap()
 	return addr, addr.String()
