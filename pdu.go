@@ -1084,15 +1084,17 @@ func (d *decoder) text(where string, s *string) {
 }
 
 // keep copies the current value out of the message. Short ones share a block, for fewer allocations, so a string that
-// outlives its message holds on to at most textBlock bytes.
+// outlives its message holds on to at most textBlock bytes. No block is made for a long string, nor where hardly another
+// can come.
 func (d *decoder) keep(s []byte) string {
 	const textBlock, maxShared = 1024, 256
-	if len(s) > maxShared {
-		return string(s)
-	}
 	if len(s) > d.block.Cap()-d.block.Len() {
+		left := len(d.data) - d.pos
+		if len(s) > maxShared || 2*len(s) > left {
+			return string(s)
+		}
 		d.block = strings.Builder{}
-		d.block.Grow(min(textBlock, len(d.data)-d.pos+len(s))) // no more strings can come
+		d.block.Grow(min(textBlock, len(s)+left))
 	}
 	start := d.block.Len()
 	d.block.Write(s)
