@@ -155,7 +155,7 @@ func (m *ListFilesystemReq) AppendBinary(b []byte) ([]byte, error) { return b, n
 
 // UnmarshalBinary checks data, all of whose fields are unknown.
 func (m *ListFilesystemReq) UnmarshalBinary(data []byte) error {
-	return noFields(data, "ListFilesystemReq")
+	return onlyText(data, "ListFilesystemReq", "", nil)
 }
 
 // AppendBinary appends the encoded message to b.
@@ -419,7 +419,7 @@ func (m *SendCompletedRes) AppendBinary(b []byte) ([]byte, error) { return b, ni
 
 // UnmarshalBinary checks data, all of whose fields are unknown.
 func (m *SendCompletedRes) UnmarshalBinary(data []byte) error {
-	return noFields(data, "SendCompletedRes")
+	return onlyText(data, "SendCompletedRes", "", nil)
 }
 
 // AppendBinary appends the encoded message to b.
@@ -458,7 +458,7 @@ func (m *ReceiveReq) merge(d *decoder) {
 func (m *ReceiveRes) AppendBinary(b []byte) ([]byte, error) { return b, nil }
 
 // UnmarshalBinary checks data, all of whose fields are unknown.
-func (m *ReceiveRes) UnmarshalBinary(data []byte) error { return noFields(data, "ReceiveRes") }
+func (m *ReceiveRes) UnmarshalBinary(data []byte) error { return onlyText(data, "ReceiveRes", "", nil) }
 
 // AppendBinary appends the encoded message to b.
 func (m *DestroySnapshotsReq) AppendBinary(b []byte) ([]byte, error) {
@@ -592,26 +592,18 @@ func (m *PingRes) UnmarshalBinary(data []byte) error {
 // unmarshal is UnmarshalBinary of any message.
 func unmarshal(data []byte, m any) error {
 	d := decoder{data: data, end: len(data), pos: len(data), n: uint64(len(data))}
-	if d.message(m); d.err == nil {
-		return nil
+	if d.message(m); d.err != nil {
+		(&decoder{}).message(m) // nothing is left
 	}
-	err := d.err
-	d = decoder{}
-	d.message(m) // nothing is left
-	return err
+	return d.result()
 }
 
-// noFields is UnmarshalBinary of a message that has none.
-func noFields(data []byte, message string) error {
-	d := decoder{data: data, end: len(data), pos: len(data), n: uint64(len(data))}
-	outer := d.enter()
-	for d.next() {
+// result is what UnmarshalBinary returns.
+func (d *decoder) result() error {
+	if d.err != nil {
+		return d.err
 	}
-	d.leave(outer, message)
-	if d.err == nil {
-		return nil
-	}
-	return d.err
+	return nil
 }
 
 // message replaces any message with the one that d starts on. It is a switch and no interface,
@@ -663,27 +655,28 @@ func (d *decoder) message(m any) {
 	}
 }
 
-// appendOnlyText and onlyText are the methods of messages that have one string.
+// appendOnlyText and onlyText are the methods of messages that have one string, or nothing: then s is nil.
 func appendOnlyText(b []byte, where, s string) ([]byte, error) {
 	var e encoder
 	return e.result(b, e.text(b, 1, where, s))
 }
 
 func onlyText(data []byte, message, where string, s *string) error {
-	*s = ""
+	var text string
 	d := decoder{data: data, end: len(data), pos: len(data), n: uint64(len(data))}
 	outer := d.enter()
 	for d.next() {
-		if d.number == 1 {
-			d.text(where, s)
+		if s != nil && d.number == 1 {
+			d.text(where, &text)
 		}
 	}
-	d.leave(outer, message)
-	if d.err == nil {
-		return nil
+	if d.leave(outer, message); d.err != nil {
+		text = ""
 	}
-	*s = ""
-	return d.err
+	if s != nil {
+		*s = text
+	}
+	return d.result()
 }
 
 // maxList is the most elements that a list may have, so that what the smallest encoding of one (2 bytes an element) makes
@@ -751,7 +744,11 @@ func (e *encoder) text(b []byte, number byte, where, s string) []byte {
 	if !validText([]byte(s)) {
 		e.fail(where, reasonUTF8)
 	}
-	return append(appendTag(b, number<<3|byte(wireBytes), uint64(len(s)), len(s)), s...)
+	b = appendTag(b, number<<3|byte(wireBytes), uint64(len(s)), len(s))
+	start := len(b)
+	b = b[:start+len(s)]
+	copy(b[start:], s)
+	return b
 }
 
 // appendNumber appends a number or an enum.
@@ -807,9 +804,9 @@ func (e *encoder) closeField(b []byte, start int) []byte {
 func (e *encoder) closeLongField(b []byte, body int) []byte {
 	n := uint64(len(b) - body)
 	more := varintSize(n) - 1
-	b = append(b, "         "[:more]...)
+	b = reserve(b, more, 0)[:len(b)+more]
 	copy(b[body+more:], b[body:])
-	binary.PutUvarint(b[body-1:], n)
+	appendTag(b[:body-2], b[body-2], n, 0) // in place
 	e.date = 0
 	return b
 }
