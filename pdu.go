@@ -11,7 +11,7 @@ import (
 // This file holds the messages of the replication service and their encoding, which is that of Protocol Buffers
 // (proto3): fields in the order of their numbers, defaults left out. First come the messages, then the methods of each,
 // then the encoder and the decoder that these are made of; last the times. It is kept small in machine code: there is one
-// function for each kind of field, and what comes once a message is in marshal and unmarshal.
+// function for each kind of field, and it is not inlined where that gains nothing.
 
 // VersionType is what a [FilesystemVersion] is. Values that have no name here are kept as they came.
 type VersionType int32
@@ -606,8 +606,8 @@ func (d *decoder) result() error {
 	return nil
 }
 
-// message replaces any message with the one that d starts on. It is a switch and no interface,
-// for the compiler to see that d is not kept: then it need not be allocated.
+// message replaces any message with the one that d starts on. It is a switch and no interface, for the compiler to see
+// that d is not kept: then it need not be allocated.
 func (d *decoder) message(m any) {
 	switch m := m.(type) {
 	case *ListFilesystemRes:
@@ -766,7 +766,7 @@ func appendFlag(b []byte, number byte, set bool) []byte {
 	return appendTag(b, number<<3|byte(wireVarint), 1, 0)
 }
 
-// appendTag appends a tag and a number, and sees to it that there is room for what comes behind them. All numbers of
+// appendTag appends a tag and a number (a value, or the length of one), and sees to it that there is room for what comes behind them. All numbers of
 // fields are below 16, so that a tag is one byte.
 func appendTag(b []byte, tag byte, n uint64, room int) []byte {
 	size := varintSize(n)
@@ -851,7 +851,9 @@ func (e *encoder) versions(b []byte, number byte, where string, list []Filesyste
 	for i := range list {
 		texts += len(list[i].Name)
 	}
-	b = e.list(b, where, len(list), texts, restOfVersion*len(list))
+	if b = e.list(b, where, len(list), texts, restOfVersion*len(list)); e.err != nil {
+		return b
+	}
 	for i := range list {
 		b = e.version(b, number, &list[i])
 	}
@@ -863,7 +865,9 @@ func (e *encoder) filesystems(b []byte, number byte, where string, list []Filesy
 	for i := range list {
 		texts += len(list[i].Path) + len(list[i].ResumeToken)
 	}
-	b = e.list(b, where, len(list), texts, restOfFilesystem*len(list))
+	if b = e.list(b, where, len(list), texts, restOfFilesystem*len(list)); e.err != nil {
+		return b
+	}
 	for i := range list {
 		start := len(b)
 		b = e.closeField(list[i].append(openField(b, number), e), start)
@@ -879,7 +883,9 @@ func (e *encoder) destroyed(b []byte, number byte, where string, list []DestroyS
 			texts, rest = texts+len(v.Name), rest+restOfVersion
 		}
 	}
-	b = e.list(b, where, len(list), texts, rest)
+	if b = e.list(b, where, len(list), texts, rest); e.err != nil {
+		return b
+	}
 	for i := range list {
 		start := len(b)
 		b = e.closeField(list[i].append(openField(b, number), e), start)
@@ -887,10 +893,11 @@ func (e *encoder) destroyed(b []byte, number byte, where string, list []DestroyS
 	return b
 }
 
-// list makes room in b for a list of n elements that have the given sizes.
+// list makes room in b for a list of n elements that have the given sizes, unless that is too long.
 func (e *encoder) list(b []byte, where string, n, texts, rest int) []byte {
 	if n > maxList {
 		e.fail(where, reasonList)
+		return b
 	}
 	return reserve(b, texts, rest)
 }
