@@ -2,14 +2,16 @@ package rpc
 
 import (
 	"encoding/binary"
+	"math/bits"
 	"strings"
 	"time"
 	"unicode/utf8"
 )
 
 // This file holds the messages of the replication service and their encoding, which is that of Protocol Buffers
-// (proto3): fields in the order of their numbers, defaults left out. First come the messages, each with its methods;
-// then the encoder and the decoder that these are made of; last the times.
+// (proto3): fields in the order of their numbers, defaults left out. First come the messages, then the methods of each,
+// then the encoder and the decoder that these are made of; last the times. It is kept small in machine code: there is one
+// function for each kind of field, and it is not inlined where that gains nothing.
 
 // VersionType is what a [FilesystemVersion] is. Values that have no name here are kept as they came.
 type VersionType int32
@@ -153,53 +155,24 @@ func (m *ListFilesystemReq) AppendBinary(b []byte) ([]byte, error) { return b, n
 
 // UnmarshalBinary checks data, all of whose fields are unknown.
 func (m *ListFilesystemReq) UnmarshalBinary(data []byte) error {
-	return noFields(data, "ListFilesystemReq")
+	return onlyText(data, "ListFilesystemReq", "", nil)
 }
 
 // AppendBinary appends the encoded message to b.
 func (m *ListFilesystemRes) AppendBinary(b []byte) ([]byte, error) {
 	var e encoder
-	return e.result(b, m.append(reserve(b, m.texts(), restOfFilesystem*len(m.Filesystems)), &e))
+	out := e.filesystems(b, 1, "ListFilesystemRes.Filesystems", m.Filesystems)
+	return e.result(b, out)
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *ListFilesystemRes) UnmarshalBinary(data []byte) error {
-	*m = ListFilesystemRes{}
-	d := newDecoder(data)
-	if m.merge(&d); d.err != nil {
-		*m = ListFilesystemRes{}
-	}
-	return d.result()
-}
-
-func (m *ListFilesystemRes) texts() int {
-	n := 0
-	for i := range m.Filesystems {
-		n += m.Filesystems[i].texts()
-	}
-	return n
-}
-
-func (m *ListFilesystemRes) append(b []byte, e *encoder) []byte {
-	if len(m.Filesystems) > maxList {
-		e.fail("ListFilesystemRes.Filesystems", reasonList)
-		return b
-	}
-	for i := range m.Filesystems {
-		start := len(b)
-		b = closeField(m.Filesystems[i].append(openField(b, 1), e), start)
-	}
-	return b
-}
+func (m *ListFilesystemRes) UnmarshalBinary(data []byte) error { return unmarshal(data, m) }
 
 func (m *ListFilesystemRes) merge(d *decoder) {
 	outer := d.enter()
-	m.Filesystems = newList[Filesystem](d.count(1, "ListFilesystemRes.Filesystems"))
-	element := 0
 	for d.next() {
-		if d.number == 1 && d.isMessage("ListFilesystemRes.Filesystems") {
-			m.Filesystems[element].merge(d)
-			element++
+		if d.number == 1 {
+			d.filesystems("ListFilesystemRes.Filesystems", &m.Filesystems)
 		}
 	}
 	d.leave(outer, "ListFilesystemRes")
@@ -208,26 +181,16 @@ func (m *ListFilesystemRes) merge(d *decoder) {
 // AppendBinary appends the encoded message to b.
 func (m *Filesystem) AppendBinary(b []byte) ([]byte, error) {
 	var e encoder
-	return e.result(b, m.append(reserve(b, m.texts(), restOfFilesystem), &e))
+	return e.result(b, m.append(reserve(b, len(m.Path)+len(m.ResumeToken), restOfFilesystem), &e))
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *Filesystem) UnmarshalBinary(data []byte) error {
-	*m = Filesystem{}
-	d := newDecoder(data)
-	if m.merge(&d); d.err != nil {
-		*m = Filesystem{}
-	}
-	return d.result()
-}
-
-func (m *Filesystem) texts() int { return len(m.Path) + len(m.ResumeToken) }
+func (m *Filesystem) UnmarshalBinary(data []byte) error { return unmarshal(data, m) }
 
 func (m *Filesystem) append(b []byte, e *encoder) []byte {
 	b = e.text(b, 1, "Filesystem.Path", m.Path)
 	b = e.text(b, 2, "Filesystem.ResumeToken", m.ResumeToken)
-	b = appendFlag(b, 3, m.IsPlaceholder)
-	return b
+	return appendFlag(b, 3, m.IsPlaceholder)
 }
 
 func (m *Filesystem) merge(d *decoder) {
@@ -235,11 +198,11 @@ func (m *Filesystem) merge(d *decoder) {
 	for d.next() {
 		switch d.number {
 		case 1:
-			m.Path = d.text("Filesystem.Path")
+			d.text("Filesystem.Path", &m.Path)
 		case 2:
-			m.ResumeToken = d.text("Filesystem.ResumeToken")
+			d.text("Filesystem.ResumeToken", &m.ResumeToken)
 		case 3:
-			m.IsPlaceholder = d.flag("Filesystem.IsPlaceholder")
+			d.flag("Filesystem.IsPlaceholder", &m.IsPlaceholder)
 		}
 	}
 	d.leave(outer, "Filesystem")
@@ -251,47 +214,25 @@ func (m *ListFilesystemVersionsReq) AppendBinary(b []byte) ([]byte, error) {
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *ListFilesystemVersionsReq) UnmarshalBinary(data []byte) (err error) {
-	m.Filesystem, err = onlyText(data, "ListFilesystemVersionsReq", "ListFilesystemVersionsReq.Filesystem")
-	return err
+func (m *ListFilesystemVersionsReq) UnmarshalBinary(data []byte) error {
+	return onlyText(data, "ListFilesystemVersionsReq", "ListFilesystemVersionsReq.Filesystem", &m.Filesystem)
 }
 
 // AppendBinary appends the encoded message to b.
 func (m *ListFilesystemVersionsRes) AppendBinary(b []byte) ([]byte, error) {
 	var e encoder
-	return e.result(b, m.append(reserve(b, textsOf(m.Versions), restOfVersion*len(m.Versions)), &e))
+	out := e.versions(b, 1, "ListFilesystemVersionsRes.Versions", m.Versions)
+	return e.result(b, out)
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *ListFilesystemVersionsRes) UnmarshalBinary(data []byte) error {
-	*m = ListFilesystemVersionsRes{}
-	d := newDecoder(data)
-	if m.merge(&d); d.err != nil {
-		*m = ListFilesystemVersionsRes{}
-	}
-	return d.result()
-}
-
-func (m *ListFilesystemVersionsRes) append(b []byte, e *encoder) []byte {
-	if len(m.Versions) > maxList {
-		e.fail("ListFilesystemVersionsRes.Versions", reasonList)
-		return b
-	}
-	for i := range m.Versions {
-		start := len(b)
-		b = closeField(m.Versions[i].append(openField(b, 1), e), start)
-	}
-	return b
-}
+func (m *ListFilesystemVersionsRes) UnmarshalBinary(data []byte) error { return unmarshal(data, m) }
 
 func (m *ListFilesystemVersionsRes) merge(d *decoder) {
 	outer := d.enter()
-	m.Versions = newList[FilesystemVersion](d.count(1, "ListFilesystemVersionsRes.Versions"))
-	element := 0
 	for d.next() {
-		if d.number == 1 && d.isMessage("ListFilesystemVersionsRes.Versions") {
-			m.Versions[element].merge(d)
-			element++
+		if d.number == 1 {
+			d.versions("ListFilesystemVersionsRes.Versions", &m.Versions)
 		}
 	}
 	d.leave(outer, "ListFilesystemVersionsRes")
@@ -300,50 +241,19 @@ func (m *ListFilesystemVersionsRes) merge(d *decoder) {
 // AppendBinary appends the encoded message to b.
 func (m *FilesystemVersion) AppendBinary(b []byte) ([]byte, error) {
 	var e encoder
-	return e.result(b, m.append(reserve(b, m.texts(), restOfVersion), &e))
+	texts, rest := m.sizes()
+	return e.result(b, m.append(reserve(b, texts, rest), &e))
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *FilesystemVersion) UnmarshalBinary(data []byte) error {
-	*m = FilesystemVersion{}
-	d := newDecoder(data)
-	if m.merge(&d); d.err != nil {
-		*m = FilesystemVersion{}
-	}
-	return d.result()
-}
-
-// texts is the length of the strings in the message, as is that of the others, for reserve.
-func (m *FilesystemVersion) texts() int {
-	if m == nil {
-		return 0
-	}
-	return len(m.Name)
-}
-
-// rest is about what the message takes beside its strings.
-func (m *FilesystemVersion) rest() int {
-	if m == nil {
-		return 0
-	}
-	return restOfVersion
-}
-
-func textsOf(versions []FilesystemVersion) int {
-	n := 0
-	for i := range versions {
-		n += versions[i].texts()
-	}
-	return n
-}
+func (m *FilesystemVersion) UnmarshalBinary(data []byte) error { return unmarshal(data, m) }
 
 func (m *FilesystemVersion) append(b []byte, e *encoder) []byte {
-	b = appendUint(b, 1, uint64(m.Type))
+	b = appendNumber(b, 1, uint64(m.Type))
 	b = e.text(b, 2, "FilesystemVersion.Name", m.Name)
-	b = appendUint(b, 3, m.GUID)
-	b = appendUint(b, 4, m.CreateTXG)
-	b = e.time(b, 5, "FilesystemVersion.Creation", m.Creation)
-	return b
+	b = appendNumber(b, 3, m.GUID)
+	b = appendNumber(b, 4, m.CreateTXG)
+	return e.time(b, 5, "FilesystemVersion.Creation", m.Creation)
 }
 
 func (m *FilesystemVersion) merge(d *decoder) {
@@ -351,15 +261,15 @@ func (m *FilesystemVersion) merge(d *decoder) {
 	for d.next() {
 		switch d.number {
 		case 1:
-			m.Type = VersionType(d.uint("FilesystemVersion.Type"))
+			d.enum("FilesystemVersion.Type", (*int32)(&m.Type))
 		case 2:
-			m.Name = d.text("FilesystemVersion.Name")
+			d.text("FilesystemVersion.Name", &m.Name)
 		case 3:
-			m.GUID = d.uint("FilesystemVersion.GUID")
+			d.uint("FilesystemVersion.GUID", &m.GUID)
 		case 4:
-			m.CreateTXG = d.uint("FilesystemVersion.CreateTXG")
+			d.uint("FilesystemVersion.CreateTXG", &m.CreateTXG)
 		case 5:
-			m.Creation = d.time("FilesystemVersion.Creation")
+			d.time("FilesystemVersion.Creation", &m.Creation)
 		}
 	}
 	d.leave(outer, "FilesystemVersion")
@@ -368,49 +278,19 @@ func (m *FilesystemVersion) merge(d *decoder) {
 // AppendBinary appends the encoded message to b.
 func (m *SendReq) AppendBinary(b []byte) ([]byte, error) {
 	var e encoder
-	return e.result(b, m.append(reserve(b, m.texts(), m.rest()), &e))
+	texts, rest := m.sizes()
+	return e.result(b, m.append(reserve(b, texts, rest), &e))
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *SendReq) UnmarshalBinary(data []byte) error {
-	*m = SendReq{}
-	d := newDecoder(data)
-	if m.merge(&d); d.err != nil {
-		*m = SendReq{}
-	}
-	return d.result()
-}
-
-func (m *SendReq) texts() int {
-	if m == nil {
-		return 0
-	}
-	return len(m.Filesystem) + m.From.texts() + m.To.texts() + len(m.ResumeToken)
-}
-
-func (m *SendReq) rest() int {
-	if m == nil {
-		return 0
-	}
-	return restOfRequest + m.From.rest() + m.To.rest()
-}
+func (m *SendReq) UnmarshalBinary(data []byte) error { return unmarshal(data, m) }
 
 func (m *SendReq) append(b []byte, e *encoder) []byte {
 	b = e.text(b, 1, "SendReq.Filesystem", m.Filesystem)
-	if m.From != nil {
-		start := len(b)
-		b = closeField(m.From.append(openField(b, 2), e), start)
-	}
-	if m.To != nil {
-		start := len(b)
-		b = closeField(m.To.append(openField(b, 3), e), start)
-	}
+	b = e.version(b, 2, m.From)
+	b = e.version(b, 3, m.To)
 	b = e.text(b, 4, "SendReq.ResumeToken", m.ResumeToken)
-	if m.ReplicationConfig != nil {
-		start := len(b)
-		b = closeField(m.ReplicationConfig.append(openField(b, 6), e), start)
-	}
-	return b
+	return e.config(b, 6, m.ReplicationConfig)
 }
 
 func (m *SendReq) merge(d *decoder) {
@@ -418,26 +298,15 @@ func (m *SendReq) merge(d *decoder) {
 	for d.next() {
 		switch d.number {
 		case 1:
-			m.Filesystem = d.text("SendReq.Filesystem")
+			d.text("SendReq.Filesystem", &m.Filesystem)
 		case 2:
-			if d.isMessage("SendReq.From") {
-				m.From = orNew(m.From)
-				m.From.merge(d)
-			}
+			d.version("SendReq.From", &m.From)
 		case 3:
-			if d.isMessage("SendReq.To") {
-				m.To = orNew(m.To)
-				m.To.merge(d)
-			}
+			d.version("SendReq.To", &m.To)
 		case 4:
-			m.ResumeToken = d.text("SendReq.ResumeToken")
+			d.text("SendReq.ResumeToken", &m.ResumeToken)
 		case 6:
-			if d.isMessage("SendReq.ReplicationConfig") {
-				if m.ReplicationConfig == nil {
-					m.ReplicationConfig = d.newConfig()
-				}
-				m.ReplicationConfig.merge(d)
-			}
+			d.config("SendReq.ReplicationConfig", &m.ReplicationConfig)
 		}
 	}
 	d.leave(outer, "SendReq")
@@ -450,31 +319,21 @@ func (m *ReplicationConfig) AppendBinary(b []byte) ([]byte, error) {
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *ReplicationConfig) UnmarshalBinary(data []byte) error {
-	*m = ReplicationConfig{}
-	d := newDecoder(data)
-	if m.merge(&d); d.err != nil {
-		*m = ReplicationConfig{}
-	}
-	return d.result()
-}
+func (m *ReplicationConfig) UnmarshalBinary(data []byte) error { return unmarshal(data, m) }
 
 func (m *ReplicationConfig) append(b []byte, e *encoder) []byte {
-	if m.Protection != nil {
-		start := len(b)
-		b = closeField(m.Protection.append(openField(b, 1), e), start)
+	if m.Protection == nil {
+		return b
 	}
-	return b
+	start := len(b)
+	return e.closeField(m.Protection.append(openField(b, 1), e), start)
 }
 
 func (m *ReplicationConfig) merge(d *decoder) {
 	outer := d.enter()
 	for d.next() {
-		if d.number == 1 && d.isMessage("ReplicationConfig.Protection") {
-			if m.Protection == nil {
-				m.Protection = d.newProtection()
-			}
-			m.Protection.merge(d)
+		if d.number == 1 {
+			d.protection("ReplicationConfig.Protection", &m.Protection)
 		}
 	}
 	d.leave(outer, "ReplicationConfig")
@@ -487,19 +346,10 @@ func (m *ReplicationConfigProtection) AppendBinary(b []byte) ([]byte, error) {
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *ReplicationConfigProtection) UnmarshalBinary(data []byte) error {
-	*m = ReplicationConfigProtection{}
-	d := newDecoder(data)
-	if m.merge(&d); d.err != nil {
-		*m = ReplicationConfigProtection{}
-	}
-	return d.result()
-}
+func (m *ReplicationConfigProtection) UnmarshalBinary(data []byte) error { return unmarshal(data, m) }
 
 func (m *ReplicationConfigProtection) append(b []byte, e *encoder) []byte {
-	b = appendUint(b, 1, uint64(m.Initial))
-	b = appendUint(b, 2, uint64(m.Incremental))
-	return b
+	return appendNumber(appendNumber(b, 1, uint64(m.Initial)), 2, uint64(m.Incremental))
 }
 
 func (m *ReplicationConfigProtection) merge(d *decoder) {
@@ -507,9 +357,9 @@ func (m *ReplicationConfigProtection) merge(d *decoder) {
 	for d.next() {
 		switch d.number {
 		case 1:
-			m.Initial = GuaranteeKind(d.uint("ReplicationConfigProtection.Initial"))
+			d.enum("ReplicationConfigProtection.Initial", (*int32)(&m.Initial))
 		case 2:
-			m.Incremental = GuaranteeKind(d.uint("ReplicationConfigProtection.Incremental"))
+			d.enum("ReplicationConfigProtection.Incremental", (*int32)(&m.Incremental))
 		}
 	}
 	d.leave(outer, "ReplicationConfigProtection")
@@ -517,34 +367,20 @@ func (m *ReplicationConfigProtection) merge(d *decoder) {
 
 // AppendBinary appends the encoded message to b.
 func (m *SendRes) AppendBinary(b []byte) ([]byte, error) {
-	var e encoder
-	return e.result(b, m.append(b, &e))
+	return appendNumber(appendFlag(b, 1, m.UsedResumeToken), 2, m.ExpectedSize), nil
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *SendRes) UnmarshalBinary(data []byte) error {
-	*m = SendRes{}
-	d := newDecoder(data)
-	if m.merge(&d); d.err != nil {
-		*m = SendRes{}
-	}
-	return d.result()
-}
-
-func (m *SendRes) append(b []byte, e *encoder) []byte {
-	b = appendFlag(b, 1, m.UsedResumeToken)
-	b = appendUint(b, 2, m.ExpectedSize)
-	return b
-}
+func (m *SendRes) UnmarshalBinary(data []byte) error { return unmarshal(data, m) }
 
 func (m *SendRes) merge(d *decoder) {
 	outer := d.enter()
 	for d.next() {
 		switch d.number {
 		case 1:
-			m.UsedResumeToken = d.flag("SendRes.UsedResumeToken")
+			d.flag("SendRes.UsedResumeToken", &m.UsedResumeToken)
 		case 2:
-			m.ExpectedSize = d.uint("SendRes.ExpectedSize")
+			d.uint("SendRes.ExpectedSize", &m.ExpectedSize)
 		}
 	}
 	d.leave(outer, "SendRes")
@@ -553,33 +389,26 @@ func (m *SendRes) merge(d *decoder) {
 // AppendBinary appends the encoded message to b.
 func (m *SendCompletedReq) AppendBinary(b []byte) ([]byte, error) {
 	var e encoder
-	return e.result(b, m.append(reserve(b, m.OriginalReq.texts(), m.OriginalReq.rest()), &e))
+	texts, rest := m.OriginalReq.sizes()
+	return e.result(b, m.append(reserve(b, texts, rest), &e))
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *SendCompletedReq) UnmarshalBinary(data []byte) error {
-	*m = SendCompletedReq{}
-	d := newDecoder(data)
-	if m.merge(&d); d.err != nil {
-		*m = SendCompletedReq{}
-	}
-	return d.result()
-}
+func (m *SendCompletedReq) UnmarshalBinary(data []byte) error { return unmarshal(data, m) }
 
 func (m *SendCompletedReq) append(b []byte, e *encoder) []byte {
-	if m.OriginalReq != nil {
-		start := len(b)
-		b = closeField(m.OriginalReq.append(openField(b, 2), e), start)
+	if m.OriginalReq == nil {
+		return b
 	}
-	return b
+	start := len(b)
+	return e.closeField(m.OriginalReq.append(openField(b, 2), e), start)
 }
 
 func (m *SendCompletedReq) merge(d *decoder) {
 	outer := d.enter()
 	for d.next() {
-		if d.number == 2 && d.isMessage("SendCompletedReq.OriginalReq") {
-			m.OriginalReq = orNew(m.OriginalReq)
-			m.OriginalReq.merge(d)
+		if d.number == 2 {
+			d.sendReq("SendCompletedReq.OriginalReq", &m.OriginalReq)
 		}
 	}
 	d.leave(outer, "SendCompletedReq")
@@ -590,59 +419,36 @@ func (m *SendCompletedRes) AppendBinary(b []byte) ([]byte, error) { return b, ni
 
 // UnmarshalBinary checks data, all of whose fields are unknown.
 func (m *SendCompletedRes) UnmarshalBinary(data []byte) error {
-	return noFields(data, "SendCompletedRes")
+	return onlyText(data, "SendCompletedRes", "", nil)
 }
 
 // AppendBinary appends the encoded message to b.
 func (m *ReceiveReq) AppendBinary(b []byte) ([]byte, error) {
 	var e encoder
-	return e.result(b, m.append(reserve(b, len(m.Filesystem)+m.To.texts(), restOfRequest+m.To.rest()), &e))
+	texts, rest := m.To.sizes()
+	out := reserve(b, texts+len(m.Filesystem), rest+restOfRequest)
+	out = e.text(out, 1, "ReceiveReq.Filesystem", m.Filesystem)
+	out = e.version(out, 2, m.To)
+	out = appendFlag(out, 3, m.ClearResumeToken)
+	out = e.config(out, 4, m.ReplicationConfig)
+	return e.result(b, out)
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *ReceiveReq) UnmarshalBinary(data []byte) error {
-	*m = ReceiveReq{}
-	d := newDecoder(data)
-	if m.merge(&d); d.err != nil {
-		*m = ReceiveReq{}
-	}
-	return d.result()
-}
-
-func (m *ReceiveReq) append(b []byte, e *encoder) []byte {
-	b = e.text(b, 1, "ReceiveReq.Filesystem", m.Filesystem)
-	if m.To != nil {
-		start := len(b)
-		b = closeField(m.To.append(openField(b, 2), e), start)
-	}
-	b = appendFlag(b, 3, m.ClearResumeToken)
-	if m.ReplicationConfig != nil {
-		start := len(b)
-		b = closeField(m.ReplicationConfig.append(openField(b, 4), e), start)
-	}
-	return b
-}
+func (m *ReceiveReq) UnmarshalBinary(data []byte) error { return unmarshal(data, m) }
 
 func (m *ReceiveReq) merge(d *decoder) {
 	outer := d.enter()
 	for d.next() {
 		switch d.number {
 		case 1:
-			m.Filesystem = d.text("ReceiveReq.Filesystem")
+			d.text("ReceiveReq.Filesystem", &m.Filesystem)
 		case 2:
-			if d.isMessage("ReceiveReq.To") {
-				m.To = orNew(m.To)
-				m.To.merge(d)
-			}
+			d.version("ReceiveReq.To", &m.To)
 		case 3:
-			m.ClearResumeToken = d.flag("ReceiveReq.ClearResumeToken")
+			d.flag("ReceiveReq.ClearResumeToken", &m.ClearResumeToken)
 		case 4:
-			if d.isMessage("ReceiveReq.ReplicationConfig") {
-				if m.ReplicationConfig == nil {
-					m.ReplicationConfig = d.newConfig()
-				}
-				m.ReplicationConfig.merge(d)
-			}
+			d.config("ReceiveReq.ReplicationConfig", &m.ReplicationConfig)
 		}
 	}
 	d.leave(outer, "ReceiveReq")
@@ -652,50 +458,27 @@ func (m *ReceiveReq) merge(d *decoder) {
 func (m *ReceiveRes) AppendBinary(b []byte) ([]byte, error) { return b, nil }
 
 // UnmarshalBinary checks data, all of whose fields are unknown.
-func (m *ReceiveRes) UnmarshalBinary(data []byte) error { return noFields(data, "ReceiveRes") }
+func (m *ReceiveRes) UnmarshalBinary(data []byte) error { return onlyText(data, "ReceiveRes", "", nil) }
 
 // AppendBinary appends the encoded message to b.
 func (m *DestroySnapshotsReq) AppendBinary(b []byte) ([]byte, error) {
 	var e encoder
-	return e.result(b, m.append(reserve(b, len(m.Filesystem)+textsOf(m.Snapshots), restOfRequest+restOfVersion*len(m.Snapshots)), &e))
+	out := e.text(b, 1, "DestroySnapshotsReq.Filesystem", m.Filesystem)
+	out = e.versions(out, 2, "DestroySnapshotsReq.Snapshots", m.Snapshots)
+	return e.result(b, out)
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *DestroySnapshotsReq) UnmarshalBinary(data []byte) error {
-	*m = DestroySnapshotsReq{}
-	d := newDecoder(data)
-	if m.merge(&d); d.err != nil {
-		*m = DestroySnapshotsReq{}
-	}
-	return d.result()
-}
-
-func (m *DestroySnapshotsReq) append(b []byte, e *encoder) []byte {
-	b = e.text(b, 1, "DestroySnapshotsReq.Filesystem", m.Filesystem)
-	if len(m.Snapshots) > maxList {
-		e.fail("DestroySnapshotsReq.Snapshots", reasonList)
-		return b
-	}
-	for i := range m.Snapshots {
-		start := len(b)
-		b = closeField(m.Snapshots[i].append(openField(b, 2), e), start)
-	}
-	return b
-}
+func (m *DestroySnapshotsReq) UnmarshalBinary(data []byte) error { return unmarshal(data, m) }
 
 func (m *DestroySnapshotsReq) merge(d *decoder) {
 	outer := d.enter()
-	m.Snapshots = newList[FilesystemVersion](d.count(2, "DestroySnapshotsReq.Snapshots"))
-	element := 0
 	for d.next() {
 		switch d.number {
 		case 1:
-			m.Filesystem = d.text("DestroySnapshotsReq.Filesystem")
+			d.text("DestroySnapshotsReq.Filesystem", &m.Filesystem)
 		case 2:
-			if d.isMessage("DestroySnapshotsReq.Snapshots") {
-				m.Snapshots[element].merge(d)
-				element++
-			}
+			d.versions("DestroySnapshotsReq.Snapshots", &m.Snapshots)
 		}
 	}
 	d.leave(outer, "DestroySnapshotsReq")
@@ -704,47 +487,18 @@ func (m *DestroySnapshotsReq) merge(d *decoder) {
 // AppendBinary appends the encoded message to b.
 func (m *DestroySnapshotsRes) AppendBinary(b []byte) ([]byte, error) {
 	var e encoder
-	return e.result(b, m.append(reserve(b, m.texts(), (restOfVersion+restOfText)*len(m.Results)), &e))
+	out := e.destroyed(b, 1, "DestroySnapshotsRes.Results", m.Results)
+	return e.result(b, out)
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *DestroySnapshotsRes) UnmarshalBinary(data []byte) error {
-	*m = DestroySnapshotsRes{}
-	d := newDecoder(data)
-	if m.merge(&d); d.err != nil {
-		*m = DestroySnapshotsRes{}
-	}
-	return d.result()
-}
-
-func (m *DestroySnapshotsRes) texts() int {
-	n := 0
-	for i := range m.Results {
-		n += m.Results[i].texts()
-	}
-	return n
-}
-
-func (m *DestroySnapshotsRes) append(b []byte, e *encoder) []byte {
-	if len(m.Results) > maxList {
-		e.fail("DestroySnapshotsRes.Results", reasonList)
-		return b
-	}
-	for i := range m.Results {
-		start := len(b)
-		b = closeField(m.Results[i].append(openField(b, 1), e), start)
-	}
-	return b
-}
+func (m *DestroySnapshotsRes) UnmarshalBinary(data []byte) error { return unmarshal(data, m) }
 
 func (m *DestroySnapshotsRes) merge(d *decoder) {
 	outer := d.enter()
-	m.Results = newList[DestroySnapshotRes](d.count(1, "DestroySnapshotsRes.Results"))
-	element := 0
 	for d.next() {
-		if d.number == 1 && d.isMessage("DestroySnapshotsRes.Results") {
-			m.Results[element].merge(d)
-			element++
+		if d.number == 1 {
+			d.destroyed("DestroySnapshotsRes.Results", &m.Results)
 		}
 	}
 	d.leave(outer, "DestroySnapshotsRes")
@@ -753,30 +507,16 @@ func (m *DestroySnapshotsRes) merge(d *decoder) {
 // AppendBinary appends the encoded message to b.
 func (m *DestroySnapshotRes) AppendBinary(b []byte) ([]byte, error) {
 	var e encoder
-	return e.result(b, m.append(reserve(b, m.texts(), m.rest()), &e))
+	texts, rest := m.Snapshot.sizes()
+	return e.result(b, m.append(reserve(b, texts+len(m.Error), rest+restOfDestroyed), &e))
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *DestroySnapshotRes) UnmarshalBinary(data []byte) error {
-	*m = DestroySnapshotRes{}
-	d := newDecoder(data)
-	if m.merge(&d); d.err != nil {
-		*m = DestroySnapshotRes{}
-	}
-	return d.result()
-}
-
-func (m *DestroySnapshotRes) rest() int { return restOfText + m.Snapshot.rest() }
-
-func (m *DestroySnapshotRes) texts() int { return m.Snapshot.texts() + len(m.Error) }
+func (m *DestroySnapshotRes) UnmarshalBinary(data []byte) error { return unmarshal(data, m) }
 
 func (m *DestroySnapshotRes) append(b []byte, e *encoder) []byte {
-	if m.Snapshot != nil {
-		start := len(b)
-		b = closeField(m.Snapshot.append(openField(b, 1), e), start)
-	}
-	b = e.text(b, 2, "DestroySnapshotRes.Error", m.Error)
-	return b
+	b = e.version(b, 1, m.Snapshot)
+	return e.text(b, 2, "DestroySnapshotRes.Error", m.Error)
 }
 
 func (m *DestroySnapshotRes) merge(d *decoder) {
@@ -784,12 +524,9 @@ func (m *DestroySnapshotRes) merge(d *decoder) {
 	for d.next() {
 		switch d.number {
 		case 1:
-			if d.isMessage("DestroySnapshotRes.Snapshot") {
-				m.Snapshot = orNew(m.Snapshot)
-				m.Snapshot.merge(d)
-			}
+			d.version("DestroySnapshotRes.Snapshot", &m.Snapshot)
 		case 2:
-			m.Error = d.text("DestroySnapshotRes.Error")
+			d.text("DestroySnapshotRes.Error", &m.Error)
 		}
 	}
 	d.leave(outer, "DestroySnapshotRes")
@@ -801,44 +538,32 @@ func (m *ReplicationCursorReq) AppendBinary(b []byte) ([]byte, error) {
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *ReplicationCursorReq) UnmarshalBinary(data []byte) (err error) {
-	m.Filesystem, err = onlyText(data, "ReplicationCursorReq", "ReplicationCursorReq.Filesystem")
-	return err
+func (m *ReplicationCursorReq) UnmarshalBinary(data []byte) error {
+	return onlyText(data, "ReplicationCursorReq", "ReplicationCursorReq.Filesystem", &m.Filesystem)
 }
 
 // AppendBinary appends the encoded message to b.
 func (m *ReplicationCursorRes) AppendBinary(b []byte) ([]byte, error) {
 	var e encoder
-	return e.result(b, m.append(b, &e))
-}
-
-// UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *ReplicationCursorRes) UnmarshalBinary(data []byte) error {
-	*m = ReplicationCursorRes{}
-	d := newDecoder(data)
-	if m.merge(&d); d.err != nil {
-		*m = ReplicationCursorRes{}
-	}
-	return d.result()
-}
-
-func (m *ReplicationCursorRes) append(b []byte, e *encoder) []byte {
 	if m.GUID != 0 && m.NotExist {
 		e.fail("ReplicationCursorRes", "both GUID and NotExist are set")
 	}
-	b = appendUint(b, 1, m.GUID)
-	b = appendFlag(b, 2, m.NotExist)
-	return b
+	return e.result(b, appendFlag(appendNumber(b, 1, m.GUID), 2, m.NotExist))
 }
+
+// UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
+func (m *ReplicationCursorRes) UnmarshalBinary(data []byte) error { return unmarshal(data, m) }
 
 func (m *ReplicationCursorRes) merge(d *decoder) {
 	outer := d.enter()
 	for d.next() {
 		switch d.number {
-		case 1: // a member of the oneof takes the place of the other
-			*m = ReplicationCursorRes{GUID: d.uint("ReplicationCursorRes.GUID")}
+		case 1:
+			m.NotExist = false // a member of the oneof takes the place of the other
+			d.uint("ReplicationCursorRes.GUID", &m.GUID)
 		case 2:
-			*m = ReplicationCursorRes{NotExist: d.flag("ReplicationCursorRes.NotExist")}
+			m.GUID = 0
+			d.flag("ReplicationCursorRes.NotExist", &m.NotExist)
 		}
 	}
 	d.leave(outer, "ReplicationCursorRes")
@@ -850,9 +575,8 @@ func (m *PingReq) AppendBinary(b []byte) ([]byte, error) {
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *PingReq) UnmarshalBinary(data []byte) (err error) {
-	m.Message, err = onlyText(data, "PingReq", "PingReq.Message")
-	return err
+func (m *PingReq) UnmarshalBinary(data []byte) error {
+	return onlyText(data, "PingReq", "PingReq.Message", &m.Message)
 }
 
 // AppendBinary appends the encoded message to b.
@@ -861,9 +585,98 @@ func (m *PingRes) AppendBinary(b []byte) ([]byte, error) {
 }
 
 // UnmarshalBinary replaces m with what data encodes; after an error m is the zero value.
-func (m *PingRes) UnmarshalBinary(data []byte) (err error) {
-	m.Echo, err = onlyText(data, "PingRes", "PingRes.Echo")
-	return err
+func (m *PingRes) UnmarshalBinary(data []byte) error {
+	return onlyText(data, "PingRes", "PingRes.Echo", &m.Echo)
+}
+
+// unmarshal is UnmarshalBinary of any message.
+func unmarshal(data []byte, m any) error {
+	d := decoder{data: data, end: len(data), pos: len(data), n: uint64(len(data))}
+	if d.message(m); d.err != nil {
+		(&decoder{}).message(m) // nothing is left
+	}
+	return d.result()
+}
+
+// result is what UnmarshalBinary returns.
+func (d *decoder) result() error {
+	if d.err != nil {
+		return d.err
+	}
+	return nil
+}
+
+// message replaces any message with the one that d starts on. It is a switch and no interface, for the compiler to see
+// that d is not kept: then it need not be allocated.
+func (d *decoder) message(m any) {
+	switch m := m.(type) {
+	case *ListFilesystemRes:
+		*m = ListFilesystemRes{}
+		m.merge(d)
+	case *Filesystem:
+		*m = Filesystem{}
+		m.merge(d)
+	case *ListFilesystemVersionsRes:
+		*m = ListFilesystemVersionsRes{}
+		m.merge(d)
+	case *FilesystemVersion:
+		*m = FilesystemVersion{}
+		m.merge(d)
+	case *SendReq:
+		*m = SendReq{}
+		m.merge(d)
+	case *ReplicationConfig:
+		*m = ReplicationConfig{}
+		m.merge(d)
+	case *ReplicationConfigProtection:
+		*m = ReplicationConfigProtection{}
+		m.merge(d)
+	case *SendRes:
+		*m = SendRes{}
+		m.merge(d)
+	case *SendCompletedReq:
+		*m = SendCompletedReq{}
+		m.merge(d)
+	case *ReceiveReq:
+		*m = ReceiveReq{}
+		m.merge(d)
+	case *DestroySnapshotsReq:
+		*m = DestroySnapshotsReq{}
+		m.merge(d)
+	case *DestroySnapshotsRes:
+		*m = DestroySnapshotsRes{}
+		m.merge(d)
+	case *DestroySnapshotRes:
+		*m = DestroySnapshotRes{}
+		m.merge(d)
+	case *ReplicationCursorRes:
+		*m = ReplicationCursorRes{}
+		m.merge(d)
+	}
+}
+
+// appendOnlyText and onlyText are the methods of messages that have one string, or nothing: then s is nil.
+func appendOnlyText(b []byte, where, s string) ([]byte, error) {
+	var e encoder
+	return e.result(b, e.text(b, 1, where, s))
+}
+
+func onlyText(data []byte, message, where string, s *string) error {
+	var text string
+	d := decoder{data: data, end: len(data), pos: len(data), n: uint64(len(data))}
+	outer := d.enter()
+	for d.next() {
+		if s != nil && d.number == 1 {
+			d.text(where, &text)
+		}
+	}
+	if d.leave(outer, message); d.err != nil {
+		text = ""
+	}
+	if s != nil {
+		*s = text
+	}
+	return d.result()
 }
 
 // maxList is the most elements that a list may have, so that what the smallest encoding of one (2 bytes an element) makes
@@ -892,49 +705,21 @@ const (
 	wireFixed64 wireType = 1
 	wireBytes   wireType = 2
 	wireFixed32 wireType = 5
+	wireNone    wireType = 7 // of no field: there was an error
 )
 
-// appendOnlyText, onlyText and noFields are the methods of messages that have one string or nothing.
-func appendOnlyText(b []byte, where, s string) ([]byte, error) {
-	var e encoder
-	return e.result(b, e.text(reserve(b, len(s), restOfText), 1, where, s))
-}
-
-func onlyText(data []byte, message, where string) (string, error) {
-	var s string
-	d := newDecoder(data)
-	outer := d.enter()
-	for d.next() {
-		if d.number == 1 {
-			s = d.text(where)
-		}
-	}
-	d.leave(outer, message)
-	if d.err != nil {
-		return "", d.err
-	}
-	return s, nil
-}
-
-func noFields(data []byte, message string) error {
-	d := newDecoder(data)
-	outer := d.enter()
-	for d.next() {
-	}
-	d.leave(outer, message)
-	return d.result()
-}
-
-// encoder keeps the first error, so that appending a field is one line. What was appended after an error is dropped.
+// encoder is what appending a field needs beside the slice. It keeps the first error; what was appended then is dropped.
 type encoder struct {
-	err error
+	err *messageError
 
-	// The day of the last time that was appended, and its date: in a list of versions the next is mostly of the same day.
+	// The last date that was appended: in a list of versions the next is mostly of the same day.
+	date int   // where in the slice it is; 0: nowhere
 	day  int64 // since January 1 of the year 0
-	date [len("2006-01-02T")]byte
 }
 
 // fail records what is wrong at where; the first to do so wins.
+//
+//go:noinline
 func (e *encoder) fail(where, reason string) {
 	if e.err == nil {
 		e.err = &messageError{where, reason}
@@ -942,6 +727,8 @@ func (e *encoder) fail(where, reason string) {
 }
 
 // result is what AppendBinary returns: b with the message, or b as it came and why.
+//
+//go:noinline
 func (e *encoder) result(b, extended []byte) ([]byte, error) {
 	if e.err != nil {
 		return b, e.err
@@ -954,94 +741,185 @@ func (e *encoder) text(b []byte, number byte, where, s string) []byte {
 	if s == "" {
 		return b
 	}
-	b = appendVarint(appendTag(b, number, wireBytes), uint64(len(s)))
-	b = append(b, s...)
-	if !validText(b[len(b)-len(s):]) {
+	if !validText([]byte(s)) {
 		e.fail(where, reasonUTF8)
 	}
+	b = appendTag(b, number<<3|byte(wireBytes), uint64(len(s)), len(s))
+	start := len(b)
+	b = b[:start+len(s)]
+	copy(b[start:], s)
 	return b
 }
 
-// time appends a time as a string field.
-func (e *encoder) time(b []byte, number byte, where string, t time.Time) []byte {
-	if t.IsZero() {
+// appendNumber appends a number or an enum.
+func appendNumber(b []byte, number byte, n uint64) []byte {
+	if n == 0 {
 		return b
 	}
-	if !validTime(t.Unix()) {
-		e.fail(where, reasonYear)
-		return b
-	}
-	start := len(b)
-	return closeField(e.appendTime(openField(b, number), t), start)
+	return appendTag(b, number<<3|byte(wireVarint), n, 0)
 }
 
 func appendFlag(b []byte, number byte, set bool) []byte {
 	if !set {
 		return b
 	}
-	return append(appendTag(b, number, wireVarint), 1)
+	return appendTag(b, number<<3|byte(wireVarint), 1, 0)
 }
 
-func appendUint(b []byte, number byte, n uint64) []byte {
-	if n == 0 {
-		return b
+// appendTag appends a tag and a number (a value, or the length of one), and sees to it that there is room for what comes behind them. All numbers of
+// fields are below 16, so that a tag is one byte.
+func appendTag(b []byte, tag byte, n uint64, room int) []byte {
+	size := varintSize(n)
+	if more := 1 + size + room; more > cap(b)-len(b) {
+		b = append(b, make([]byte, more)...)[:len(b)]
 	}
-	return appendVarint(appendTag(b, number, wireVarint), n)
-}
-
-// appendTag starts a field. All numbers here are below 16, so that a tag is one byte.
-func appendTag(b []byte, number byte, wire wireType) []byte { return append(b, number<<3|byte(wire)) }
-
-func appendVarint(b []byte, n uint64) []byte {
-	for n >= 0x80 {
-		b = append(b, byte(n)|0x80)
+	i := len(b) + 1
+	b = b[:i+size]
+	b[i-1] = tag
+	for ; n >= 0x80; i++ {
+		b[i] = byte(n) | 0x80
 		n >>= 7
 	}
-	return append(b, byte(n))
+	b[i] = byte(n)
+	return b
 }
+
+func varintSize(n uint64) int { return (bits.Len64(n|1) + 6) / 7 }
 
 // openField starts an embedded message, with one byte of room for its length. What follows is the message, and then
 // closeField.
-func openField(b []byte, number byte) []byte { return append(appendTag(b, number, wireBytes), 0) }
+func openField(b []byte, number byte) []byte { return append(b, number<<3|byte(wireBytes), 0) }
 
 // closeField writes the length of the embedded message that openField started at start.
-func closeField(b []byte, start int) []byte {
-	n := len(b) - start - 2
-	if n >= 0x80 {
-		return closeLongField(b, start+2)
+func (e *encoder) closeField(b []byte, start int) []byte {
+	if n := len(b) - start - 2; n < 0x80 {
+		b[start+1] = byte(n)
+		return b
 	}
-	b[start+1] = byte(n)
-	return b
+	return e.closeLongField(b, start+2)
 }
 
 // closeLongField moves the message at body up, to make room for a length of more than one byte. That is seldom, and
 // cheaper than to work out every length beforehand.
-func closeLongField(b []byte, body int) []byte {
-	n := len(b) - body
-	var length [binary.MaxVarintLen64]byte
-	more := binary.PutUvarint(length[:], uint64(n)) - 1
-	b = append(b, length[:more]...)
-	copy(b[body+more:], b[body:body+n])
-	copy(b[body-1:], length[:more+1])
+func (e *encoder) closeLongField(b []byte, body int) []byte {
+	n := uint64(len(b) - body)
+	more := varintSize(n) - 1
+	b = reserve(b, more, 0)[:len(b)+more]
+	copy(b[body+more:], b[body:])
+	appendTag(b[:body-2], b[body-2], n, 0) // in place
+	e.date = 0
 	return b
 }
 
-// What messages take beside their texts (tags, lengths, numbers, a time): not the most, but seldom more, for reserve.
+// version appends an embedded version, if there is one.
+func (e *encoder) version(b []byte, number byte, m *FilesystemVersion) []byte {
+	if m == nil {
+		return b
+	}
+	start := len(b)
+	return e.closeField(m.append(openField(b, number), e), start)
+}
+
+func (e *encoder) config(b []byte, number byte, m *ReplicationConfig) []byte {
+	if m == nil {
+		return b
+	}
+	start := len(b)
+	return e.closeField(m.append(openField(b, number), e), start)
+}
+
+// sizes returns what the version takes for its texts and for the rest, for reserve.
+func (m *FilesystemVersion) sizes() (texts, rest int) {
+	if m == nil {
+		return 0, 0
+	}
+	return len(m.Name), restOfVersion
+}
+
+//go:noinline
+func (m *SendReq) sizes() (texts, rest int) {
+	if m == nil {
+		return 0, 0
+	}
+	from, restOfFrom := m.From.sizes()
+	to, restOfTo := m.To.sizes()
+	return len(m.Filesystem) + from + to + len(m.ResumeToken), restOfRequest + restOfFrom + restOfTo
+}
+
+func (e *encoder) versions(b []byte, number byte, where string, list []FilesystemVersion) []byte {
+	texts := 0
+	for i := range list {
+		texts += len(list[i].Name)
+	}
+	if b = e.list(b, where, len(list), texts, restOfVersion*len(list)); e.err != nil {
+		return b
+	}
+	for i := range list {
+		b = e.version(b, number, &list[i])
+	}
+	return b
+}
+
+func (e *encoder) filesystems(b []byte, number byte, where string, list []Filesystem) []byte {
+	texts := 0
+	for i := range list {
+		texts += len(list[i].Path) + len(list[i].ResumeToken)
+	}
+	if b = e.list(b, where, len(list), texts, restOfFilesystem*len(list)); e.err != nil {
+		return b
+	}
+	for i := range list {
+		start := len(b)
+		b = e.closeField(list[i].append(openField(b, number), e), start)
+	}
+	return b
+}
+
+func (e *encoder) destroyed(b []byte, number byte, where string, list []DestroySnapshotRes) []byte {
+	texts, rest := 0, 0
+	for i := range list {
+		texts, rest = texts+len(list[i].Error), rest+restOfDestroyed
+		if v := list[i].Snapshot; v != nil {
+			texts, rest = texts+len(v.Name), rest+restOfVersion
+		}
+	}
+	if b = e.list(b, where, len(list), texts, rest); e.err != nil {
+		return b
+	}
+	for i := range list {
+		start := len(b)
+		b = e.closeField(list[i].append(openField(b, number), e), start)
+	}
+	return b
+}
+
+// list makes room in b for a list of n elements that have the given sizes, unless that is too long.
+func (e *encoder) list(b []byte, where string, n, texts, rest int) []byte {
+	if n > maxList {
+		e.fail(where, reasonList)
+		return b
+	}
+	return reserve(b, texts, rest)
+}
+
+// What messages take beside their texts (tags, lengths, numbers, a time): not the most, but seldom more.
 const (
-	restOfText       = 4
-	restOfFilesystem = 10
+	restOfFilesystem = 8
 	restOfVersion    = 48
-	restOfRequest    = 24 // beside the versions in it
+	restOfRequest    = 24
+	restOfDestroyed  = 4
 )
 
 // reserve makes room in b for a message whose strings have the length texts, and the rest of which is hardly longer
 // than rest, so that nearly always it is allocated once. If only the texts do not fit is it sure that b must grow: where
 // there is room for the message, nothing is allocated.
+//
+//go:noinline
 func reserve(b []byte, texts, rest int) []byte {
-	if texts <= cap(b)-len(b) {
-		return b
+	if texts > cap(b)-len(b) {
+		b = append(b, make([]byte, texts+rest)...)[:len(b)]
 	}
-	return append(make([]byte, 0, len(b)+texts+rest), b...)
+	return b
 }
 
 // decoder walks over the fields of a message, and of those embedded in it, and keeps the first error: after it next is
@@ -1056,30 +934,86 @@ type decoder struct {
 	err  *messageError
 
 	// The field that next went on to.
-	number uint64
+	number uint32
 	wire   wireType
-	n      uint64 // the value of a wireVarint
-	start  int    // the value of a wireBytes is data[start:pos]
+	n      uint64 // the value of a wireVarint; of another the length of the value, which ends at pos
 
-	// For the strings and the messages to be made, see keep and newConfig.
-	textLeft   int // strings can take no more bytes than this
-	block      strings.Builder
-	protection *ReplicationConfigProtection
+	element int // how many elements of the list were read; no message has two lists
+	block   strings.Builder
+
+	// The last date that was read: in a list of versions the next is mostly of the same day.
+	date int   // where in data it is; 0: nowhere
+	day  int64 // since January 1 of the year 0
 }
 
-// newDecoder starts on a message as if it were embedded in another, so that all of them begin with enter.
-func newDecoder(data []byte) decoder {
-	return decoder{data: data, pos: len(data), end: len(data), textLeft: len(data)}
-}
-
-// enter goes on to the fields of the message that is the current value. What it returns is for leave.
+// enter goes on to the fields of the message that is the current value. What it returns is for leave. The outermost one
+// is entered as if it were embedded in another.
 func (d *decoder) enter() (outer int) {
 	outer = d.end
-	d.pos, d.end = d.start, d.pos
+	d.pos, d.end = d.pos-int(d.n), d.pos
 	return outer
 }
 
+// fail records what is wrong at where, and has next find no more; the first to do so wins. If where is empty, leave
+// will name the message.
+//
+//go:noinline
+func (d *decoder) fail(where, reason string) {
+	if d.err == nil {
+		d.err = &messageError{where, reason}
+	}
+	d.pos, d.wire = len(d.data), wireNone
+}
+
+// next goes on to the next field of the message. It is false at the end and after an error.
+func (d *decoder) next() bool {
+	data, pos := d.data[:d.end], d.pos
+	if pos >= len(data) {
+		return false
+	}
+	tag := uint64(data[pos])
+	pos++
+	if tag >= 0x80 { // it is one byte in all fields that are known
+		tag, pos = varint(data, pos-1)
+	}
+	wire := wireType(tag & 7)
+	n := uint64(8)
+	switch wire {
+	case wireVarint, wireBytes:
+		if pos < len(data) && data[pos] < 0x80 {
+			n, pos = uint64(data[pos]), pos+1
+		} else {
+			n, pos = varint(data, pos)
+		}
+	case wireFixed64:
+	case wireFixed32:
+		n = 4
+	default:
+		d.fail("", "a group or an unknown wire type")
+		return false
+	}
+	const maxTag = 1<<32 - 1 // of number 1<<29 - 1
+	switch {
+	case pos > len(data):
+		d.fail("", "a varint that is cut short or has more than 64 bits")
+		return false
+	case tag>>3 == 0 || tag > maxTag:
+		d.fail("", "a field number out of range")
+		return false
+	case wire != wireVarint:
+		if n > uint64(len(data)-pos) {
+			d.fail("", "a field that is cut short")
+			return false
+		}
+		pos += int(n)
+	}
+	d.number, d.wire, d.n, d.pos = uint32(tag>>3), wire, n, pos
+	return true
+}
+
 // leave goes back to the message around the one that has the given name.
+//
+//go:noinline
 func (d *decoder) leave(outer int, message string) {
 	d.end = outer
 	if d.err != nil && d.err.where == "" {
@@ -1087,205 +1021,203 @@ func (d *decoder) leave(outer int, message string) {
 	}
 }
 
-// fail records what is wrong at where; the first to do so wins. If where is empty, leave will name the message. It
-// returns false, as next then does.
-func (d *decoder) fail(where, reason string) bool {
-	if d.err == nil {
-		d.err = &messageError{where, reason}
-	}
-	return false
-}
-
-// result is what UnmarshalBinary returns.
-func (d *decoder) result() error {
-	if d.err != nil {
-		return d.err
-	}
-	return nil
-}
-
-// next goes on to the next field of the message. It is false at the end and after an error.
-func (d *decoder) next() bool {
-	if d.pos >= d.end || d.err != nil {
-		return false
-	}
-	data := d.data[:d.end]
-	tag, pos := uint64(data[d.pos]), d.pos+1
-	if tag >= 0x80 { // it is one byte in all fields that are known
-		tag, pos = varint(data, d.pos)
-	}
-	d.number, d.wire = tag>>3, wireType(tag&7)
-	var length uint64 // of the value, if it is no varint
-	switch d.wire {
-	case wireVarint, wireBytes:
-		if pos < len(data) && data[pos] < 0x80 {
-			d.n, pos = uint64(data[pos]), pos+1
-		} else {
-			d.n, pos = varint(data, pos)
-		}
-		if d.wire == wireBytes {
-			length = d.n
-		}
-	case wireFixed64:
-		length = 8
-	case wireFixed32:
-		length = 4
-	default:
-		return d.fail("", "a group or an unknown wire type")
-	}
-	const maxNumber = 1<<29 - 1
-	switch {
-	case pos > len(data):
-		return d.fail("", "a varint that is cut short or has more than 64 bits")
-	case d.number < 1 || d.number > maxNumber:
-		return d.fail("", "a field number out of range")
-	case length > uint64(len(data)-pos):
-		return d.fail("", "a field that is cut short")
-	}
-	d.start, d.pos = pos, pos+int(length)
-	return true
-}
-
 // varint reads the number at pos and returns where it ends. After an error that is behind the end of data, from where
 // on there are only errors.
 func varint(data []byte, pos int) (n uint64, end int) {
-	if pos > len(data) {
-		return 0, pos
+	for shift := uint(0); pos < len(data) && shift < 64; shift += 7 {
+		b := uint64(data[pos])
+		pos++
+		n |= b & 0x7f << (shift & 63) // which spares the check for 64
+		if b < 0x80 {
+			if shift == 63 && b > 1 {
+				break
+			}
+			return n, pos
+		}
 	}
-	n, size := binary.Uvarint(data[pos:])
-	if size <= 0 {
-		return 0, len(data) + 1
-	}
-	return n, pos + size
+	return 0, len(data) + 1
 }
 
 // value is the current field's, if its wire type is wireBytes.
-func (d *decoder) value() []byte { return d.data[d.start:d.pos] }
+func (d *decoder) value() []byte { return d.data[d.pos-int(d.n) : d.pos] }
 
 // is tells whether the current field has the wire type that it should have.
 func (d *decoder) is(wire wireType, where string) bool {
-	return d.wire == wire || d.fail(where, "the wrong wire type")
-}
-
-// isMessage tells whether the current field can be a message, for its merge to go on with.
-func (d *decoder) isMessage(where string) bool { return d.is(wireBytes, where) }
-
-// uint returns the current field as a number. An enum takes the low 32 bits of it, as Protocol Buffers have it.
-func (d *decoder) uint(where string) uint64 {
-	if !d.is(wireVarint, where) {
-		return 0
+	if d.wire != wire {
+		d.fail(where, "the wrong wire type")
+		return false
 	}
-	return d.n
+	return true
 }
 
-func (d *decoder) flag(where string) bool { return d.uint(where) != 0 }
+// uint reads a number.
+//
+//go:noinline
+func (d *decoder) uint(where string, n *uint64) {
+	if d.is(wireVarint, where) {
+		*n = d.n
+	}
+}
 
-func (d *decoder) text(where string) string {
+// enum reads an enum, which takes the low 32 bits of a number, as Protocol Buffers have it.
+//
+//go:noinline
+func (d *decoder) enum(where string, e *int32) {
+	if d.is(wireVarint, where) {
+		*e = int32(d.n)
+	}
+}
+
+//go:noinline
+func (d *decoder) flag(where string, set *bool) {
+	if d.is(wireVarint, where) {
+		*set = d.n != 0
+	}
+}
+
+func (d *decoder) text(where string, s *string) {
 	if !d.is(wireBytes, where) {
-		return ""
+		return
 	}
-	if !validText(d.value()) {
+	value := d.value()
+	if !validText(value) {
 		d.fail(where, reasonUTF8)
-		return ""
+		return
 	}
-	return d.keep(d.value())
+	*s = d.keep(value)
 }
 
-func (d *decoder) time(where string) time.Time {
-	if !d.is(wireBytes, where) || len(d.value()) == 0 {
-		return time.Time{}
-	}
-	t, ok := parseTime(d.value())
-	if !ok {
-		d.fail(where, "not a time as of RFC 3339 in the years 0 to 9999")
-	}
-	return t
-}
-
-// keep copies a string out of the message. Short ones share a block, for fewer allocations, so a string that outlives
-// its message holds on to at most textBlock bytes.
+// keep copies the current value out of the message. Short ones share a block, for fewer allocations, so a string that
+// outlives its message holds on to at most textBlock bytes. No block is made for a long string, nor where hardly another
+// can come.
 func (d *decoder) keep(s []byte) string {
 	const textBlock, maxShared = 1024, 256
-	d.textLeft -= len(s)
-	if len(s) > maxShared {
-		return string(s)
-	}
 	if len(s) > d.block.Cap()-d.block.Len() {
+		left := len(d.data) - d.pos
+		if len(s) > maxShared || 2*len(s) > left {
+			return string(s)
+		}
 		d.block = strings.Builder{}
-		d.block.Grow(min(textBlock, len(s)+d.textLeft))
+		d.block.Grow(min(textBlock, len(s)+left))
 	}
 	start := d.block.Len()
 	d.block.Write(s)
 	return d.block.String()[start:]
 }
 
-// count returns how many elements the list with the given number has in the message just entered, for it to be
-// allocated at once; 0 after an error.
-func (d *decoder) count(number uint64, where string) int {
-	start := d.pos
-	n := 0
-	for d.next() {
-		if d.number == number {
-			n++
+// version reads an embedded message. One that comes again is merged into what is there.
+func (d *decoder) version(where string, m **FilesystemVersion) {
+	if d.is(wireBytes, where) {
+		if *m == nil {
+			*m = new(FilesystemVersion)
+		}
+		(*m).merge(d)
+	}
+}
+
+func (d *decoder) sendReq(where string, m **SendReq) {
+	if d.is(wireBytes, where) {
+		if *m == nil {
+			*m = new(SendReq)
+		}
+		(*m).merge(d)
+	}
+}
+
+func (d *decoder) protection(where string, m **ReplicationConfigProtection) {
+	if d.is(wireBytes, where) {
+		if *m == nil {
+			*m = new(ReplicationConfigProtection)
+		}
+		(*m).merge(d)
+	}
+}
+
+// config allocates a configuration together with the protection, which is all that can come in it.
+func (d *decoder) config(where string, m **ReplicationConfig) {
+	if !d.is(wireBytes, where) {
+		return
+	}
+	if *m == nil {
+		both := new(struct {
+			config     ReplicationConfig
+			protection ReplicationConfigProtection
+		})
+		if *m = &both.config; d.n > 0 && d.value()[0]>>3 == 1 { // the protection comes first
+			both.config.Protection = &both.protection
 		}
 	}
-	d.pos = start
-	if n > maxList {
+	(*m).merge(d)
+}
+
+func (d *decoder) filesystems(where string, list *[]Filesystem) {
+	if d.element == 0 {
+		*list = make([]Filesystem, d.count(where))
+	}
+	if d.is(wireBytes, where) {
+		d.element++
+		(*list)[d.element-1].merge(d)
+	}
+}
+
+func (d *decoder) versions(where string, list *[]FilesystemVersion) {
+	if d.element == 0 {
+		*list = make([]FilesystemVersion, d.count(where))
+	}
+	if d.is(wireBytes, where) {
+		d.element++
+		(*list)[d.element-1].merge(d)
+	}
+}
+
+func (d *decoder) destroyed(where string, list *[]DestroySnapshotRes) {
+	if d.element == 0 {
+		*list = make([]DestroySnapshotRes, d.count(where))
+	}
+	if d.is(wireBytes, where) {
+		d.element++
+		(*list)[d.element-1].merge(d)
+	}
+}
+
+// count returns how many elements the list of which the current field is the first has, for it to be allocated at once; 0
+// after an error.
+func (d *decoder) count(where string) int {
+	number, wire, n, pos := d.number, d.wire, d.n, d.pos
+	count := 1
+	for d.next() {
+		if d.number == number {
+			count++
+		}
+	}
+	if count > maxList {
 		d.fail(where, reasonList)
 	}
 	if d.err != nil {
 		return 0
 	}
-	return n
+	d.number, d.wire, d.n, d.pos = number, wire, n, pos
+	return count
 }
 
-// validText tells whether s is valid UTF-8. It looks at eight bytes at a time as long as all are ASCII, which for a name is
-// three times as fast as package utf8.
+const highBits = 0x8080808080808080
+
+// validText tells whether s is valid UTF-8. It looks at eight bytes at a time and sees first whether all are ASCII, which
+// for a name is three times as fast as package utf8.
 func validText(s []byte) bool {
-	for len(s) >= 8 && binary.LittleEndian.Uint64(s)&0x8080808080808080 == 0 {
-		s = s[8:]
+	var all uint64
+	if len(s) >= 8 {
+		for i := 0; i < len(s)-8; i += 8 {
+			all |= binary.LittleEndian.Uint64(s[i:])
+		}
+		all |= binary.LittleEndian.Uint64(s[len(s)-8:])
+	} else {
+		for _, b := range s {
+			all |= uint64(b)
+		}
 	}
-	var all byte
-	for _, c := range s[:min(len(s), 8)] {
-		all |= c
-	}
-	return len(s) < 8 && all < 0x80 || utf8.Valid(s)
+	return all&highBits == 0 || utf8.Valid(s)
 }
-
-// newList allocates a list of n elements; one of none is nil.
-func newList[T any](n int) []T {
-	if n == 0 {
-		return nil
-	}
-	return make([]T, n)
-}
-
-// orNew returns p, or a new T for it to point to: a message that comes again is merged into what is there.
-func orNew[T any](p *T) *T {
-	if p == nil {
-		return new(T)
-	}
-	return p
-}
-
-// newConfig allocates a configuration together with the protection that nearly always comes in it.
-func (d *decoder) newConfig() *ReplicationConfig {
-	both := new(struct {
-		config     ReplicationConfig
-		protection ReplicationConfigProtection
-	})
-	d.protection = &both.protection
-	return &both.config
-}
-
-func (d *decoder) newProtection() *ReplicationConfigProtection {
-	p := orNew(d.protection)
-	d.protection = nil
-	return p
-}
-
-// reasonYear is why a time can not be encoded.
-const reasonYear = "a time outside the years 0 to 9999"
 
 const (
 	secsOfDay = 24 * 60 * 60
@@ -1296,102 +1228,177 @@ const (
 // validTime tells whether a Unix time is in the years 0 to 9999 of UTC, which is what RFC 3339 can write.
 func validTime(unix int64) bool { return year0 <= unix && unix < year10000 }
 
-// appendTime appends a time in UTC as of RFC 3339, with as few digits of a fraction as it needs.
-func (e *encoder) appendTime(b []byte, t time.Time) []byte {
-	unix := t.Unix() - year0
-	if day := unix / secsOfDay; day != e.day || e.date[0] == 0 {
-		e.setDate(t.UTC().Date())
-		e.day = day
-	}
-	second := int(unix % secsOfDay)
-	b = append(b, e.date[:]...)
-	b = append(appendTwoDigits(b, second/3600), ':')
-	b = append(appendTwoDigits(b, second/60%60), ':')
-	b = appendTwoDigits(b, second%60)
-	if nanos := t.Nanosecond(); nanos != 0 {
-		b = appendFraction(b, nanos)
-	}
-	return append(b, 'Z')
-}
+// dateLayout and timeLayout are the parts of a time as of RFC 3339; what follows them are a fraction and the zone.
+const (
+	dateLayout = "2006-01-02T"
+	timeLayout = dateLayout + "15:04:05"
+)
 
-func (e *encoder) setDate(year int, month time.Month, day int) {
-	b := appendTwoDigits(appendTwoDigits(e.date[:0], year/100), year%100)
-	b = appendTwoDigits(append(b, '-'), int(month))
-	b = appendTwoDigits(append(b, '-'), day)
-	copy(e.date[len(b):], "T")
-}
-
-func appendFraction(b []byte, nanos int) []byte {
-	b = append(b, '.')
-	for unit := 100_000_000; nanos != 0; unit /= 10 {
-		b = append(b, '0'+byte(nanos/unit))
-		nanos %= unit
+// time appends a time as a string field: in UTC, with as few digits of a fraction as it needs.
+func (e *encoder) time(b []byte, number byte, where string, t time.Time) []byte {
+	if t.IsZero() {
+		return b
 	}
+	unix, fraction := t.Unix(), t.Nanosecond()
+	if !validTime(unix) {
+		e.fail(where, "a time outside the years 0 to 9999")
+		return b
+	}
+	size := len(timeLayout + "Z")
+	if fraction != 0 {
+		for size += len(".999999999"); fraction%10 == 0; fraction /= 10 {
+			size--
+		}
+	}
+	b = appendTag(b, number<<3|byte(wireBytes), uint64(size), size)
+	start := len(b)
+	b = b[:start+size]
+	s := b[start:]
+	copy(s, timeLayout+".000000000Z")
+	for i := size - 2; i > len(timeLayout); i-- {
+		s[i] = '0' + byte(fraction%10)
+		fraction /= 10
+	}
+	s[size-1] = 'Z'
+	day, second := (unix-year0)/secsOfDay, uint32((unix-year0)%secsOfDay)
+	if day == e.day && e.date != 0 {
+		copy(s, b[e.date:e.date+len(dateLayout)])
+	} else {
+		putDate(s, day)
+		e.date, e.day = start, day
+	}
+	putDigits(s[11:], second/3600)
+	putDigits(s[14:], second/60%60)
+	putDigits(s[17:], second%60)
 	return b
 }
 
-func appendTwoDigits(b []byte, n int) []byte { return append(b, '0'+byte(n/10), '0'+byte(n%10)) }
+// putDate writes a day, counted from January 1 of the year 0, as a date to the start of s. The arithmetic is that of Neri
+// and Schneider, "Euclidean affine functions and their application to calendar algorithms" (2021), with years that start
+// in March and 400 years more, so that nothing is negative.
+func putDate(s []byte, day int64) {
+	const days400, days4 = 146097, 1461 // in as many years
+	n := 4*(uint64(day)+days400-60) + 3
+	century, n := n/days400, n%days400|3
+	product := n * (1<<32/days4 + 1)
+	year, dayOfYear := 100*century+product>>32-400, uint64(uint32(product))/(4*(1<<32/days4+1))
+	n = 2141*dayOfYear + 197913
+	month := n >> 16
+	if dayOfYear >= 306 { // since January
+		year++
+		month -= 12
+	}
+	putDigits(s, uint32(year/100))
+	putDigits(s[2:], uint32(year%100))
+	putDigits(s[5:], uint32(month))
+	putDigits(s[8:], uint32(n&0xffff/2141+1))
+}
 
-// daysBefore is how many days of the year come before a month, and for February and later also a leap day if there is one.
-var daysBefore = [...]int{0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334, 365}
+// putDigits writes two digits to the start of s.
+func putDigits(s []byte, n uint32) { s[0], s[1] = '0'+byte(n/10), '0'+byte(n%10) }
 
-// daysSince is how many days a date is after January 1 of the year 0, and whether there is such a date.
-func daysSince(year, month, day int) (days int, ok bool) {
-	if month < 1 || month > 12 || day < 1 {
-		return 0, false
+func (d *decoder) time(where string, t *time.Time) {
+	if !d.is(wireBytes, where) {
+		return
+	}
+	var ok bool
+	if *t, ok = d.parseTime(d.value()); !ok {
+		d.fail(where, "not a time as of RFC 3339 in the years 0 to 9999")
+	}
+}
+
+// parseTime reads a time such as 2006-01-02T15:04:05.999999999+07:00 as of RFC 3339, the current value, and returns it
+// in UTC; an empty one is the zero time. It is stricter than time.Parse (two digits for the hour, no comma), and it
+// allocates nothing for the zone. Digits after the ninth of the fraction are dropped. Leap seconds are refused, as package
+// time has no place for them.
+func (d *decoder) parseTime(s []byte) (t time.Time, ok bool) {
+	if len(s) == 0 {
+		return time.Time{}, true
+	}
+	if len(s) <= len(timeLayout) || !d.parseDate(s) {
+		return time.Time{}, false
+	}
+	clock, isClock := pairs(s[len(dateLayout):], clockZero, clockMore)
+	hour, minute, second := int(clock&0xff), int(clock>>24&0xff), int(clock>>48&0xff)
+	nanos, zone := parseFraction(s[len(timeLayout):])
+	offset, ok := parseZone(zone)
+	unix := year0 + d.day*secsOfDay + int64(hour*3600+minute*60+second-offset)
+	if !ok || !isClock || hour > 23 || minute > 59 || second > 59 || !validTime(unix) {
+		return time.Time{}, false
+	}
+	return time.Unix(unix, nanos).UTC(), true
+}
+
+// daysBefore is how many days of the year come before a month, if February has 28.
+var daysBefore = [...]uint16{1: 0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334, 365}
+
+// parseDate reads the date that the current value starts with, unless it is the last one again.
+func (d *decoder) parseDate(s []byte) bool {
+	if d.date != 0 && string(s[:len(dateLayout)]) == string(d.data[d.date:d.date+len(dateLayout)]) {
+		return true
+	}
+	date, ok := pairs(s, monthZero, monthMore)
+	year, month, day := int(date&0xff*100+date>>16&0xff), int(date>>40&0xff), digits(s, 8)
+	if !ok || s[10] != 'T' || month < 1 || month > 12 || day < 1 {
+		return false
 	}
 	leap := 0
 	if year%4 == 0 && (year%100 != 0 || year%400 == 0) {
 		leap = 1
 	}
-	length := daysBefore[month] - daysBefore[month-1]
-	if month == 2 {
+	before, length := int(daysBefore[month]), int(daysBefore[month+1]-daysBefore[month])
+	switch {
+	case month == 2:
 		length += leap
+	case month > 2:
+		before += leap
 	}
-	days = year*365 + (year+3)/4 - (year+99)/100 + (year+399)/400 + daysBefore[month-1] + day - 1
-	if month > 2 {
-		days += leap
-	}
-	return days, day <= length
+	d.date = d.pos - len(s)
+	d.day = int64(year*365 + (year+3)/4 - (year+99)/100 + (year+399)/400 + before + day - 1)
+	return day <= length
 }
 
-// parseTime reads a time such as 2006-01-02T15:04:05.999999999+07:00 as of RFC 3339 and returns it in UTC. It is
-// stricter than time.Parse (two digits for the hour, no comma), and it allocates nothing for the zone. Digits after the
-// ninth of the fraction are dropped. Leap seconds are refused, as package time has no place for them.
-func parseTime(s []byte) (t time.Time, ok bool) {
-	const layout = "2006-01-02T15:04:05"
-	if len(s) <= len(layout) || s[4] != '-' || s[7] != '-' || s[10] != 'T' || s[13] != ':' || s[16] != ':' {
-		return time.Time{}, false
-	}
-	century, year := twoDigits(s), twoDigits(s[2:])
-	days, ok := daysSince(century*100+year, twoDigits(s[5:]), twoDigits(s[8:]))
-	hour, minute, second := twoDigits(s[11:]), twoDigits(s[14:]), twoDigits(s[17:])
-	if !ok || century > 99 || year > 99 || hour > 23 || minute > 59 || second > 59 {
-		return time.Time{}, false
-	}
-	nanos, zone, ok := parseFraction(s[len(layout):])
-	if !ok {
-		return time.Time{}, false
-	}
-	offset, ok := parseZone(zone)
-	unix := year0 + int64(days)*secsOfDay + int64(hour*3600+minute*60+second-offset)
-	if !ok || !validTime(unix) {
-		return time.Time{}, false
-	}
-	return time.Unix(unix, int64(nanos)).UTC(), true
+// What pairs takes for a year and a month, "0000-00-", and for "00:00:00": these bytes, the first being the lowest, and
+// what lifts a byte over 127 that is more than 9 above, or for a separator any above.
+const (
+	monthZero, monthMore = 0x2d30302d30303030, 0x7f76767f76767676
+	clockZero, clockMore = 0x30303a30303a3030, 0x76767f76767f7676
+)
+
+// pairs returns the numbers of two digits that the first eight bytes of s hold, in the bytes where their first digits are,
+// and whether s has digits and separators where zero has them. It looks at all of them at once, which is three times as
+// fast as one after the other.
+func pairs(s []byte, zero, more uint64) (numbers uint64, ok bool) {
+	above := binary.LittleEndian.Uint64(s) - zero // a byte that is below its zero has its high bit set now
+	return above*10 + above>>8, (above|(above+more))&highBits == 0
 }
 
-// parseFraction reads the fraction of a second, which may be missing, and returns what is behind it.
-func parseFraction(s []byte) (nanos int, rest []byte, ok bool) {
+// digits is the number of two digits at s[i]. If there is none, it is 100: out of every range.
+//
+//go:noinline
+func digits(s []byte, i int) int {
+	tens, ones := s[i]-'0', s[i+1]-'0'
+	if tens > 9 || ones > 9 {
+		return 100
+	}
+	return int(tens)*10 + int(ones)
+}
+
+// parseFraction reads the fraction of a second, which may be missing, and returns what is behind it: nothing, and so no
+// zone, if it is wrong.
+func parseFraction(s []byte) (nanos int64, rest []byte) {
 	if s[0] != '.' {
-		return 0, s, true
+		return 0, s
 	}
 	i := 1
-	for unit := 100_000_000; i < len(s) && '0' <= s[i] && s[i] <= '9'; i++ {
-		nanos += int(s[i]-'0') * unit
+	for unit := int64(100_000_000); i < len(s) && '0' <= s[i] && s[i] <= '9'; i++ {
+		nanos += int64(s[i]-'0') * unit
 		unit /= 10
 	}
-	return nanos, s[i:], i > 1
+	if i == 1 {
+		return 0, nil
+	}
+	return nanos, s[i:]
 }
 
 // parseZone reads Z or an offset from UTC such as +07:00, which it returns in seconds.
@@ -1402,21 +1409,12 @@ func parseZone(s []byte) (offset int, ok bool) {
 	if len(s) != len("+07:00") || s[0] != '+' && s[0] != '-' || s[3] != ':' {
 		return 0, false
 	}
-	hours, minutes := twoDigits(s[1:]), twoDigits(s[4:])
+	hours, minutes := digits(s, 1), digits(s, 4)
 	offset = hours*3600 + minutes*60
 	if s[0] == '-' {
 		offset = -offset
 	}
 	return offset, hours <= 23 && minutes <= 59
-}
-
-// twoDigits is the number that s starts with. If that is none, it is 100: out of every range.
-func twoDigits(s []byte) int {
-	tens, ones := s[0]-'0', s[1]-'0'
-	if tens > 9 || ones > 9 {
-		return 100
-	}
-	return int(tens)*10 + int(ones)
 }
 
 // The names of the service's calls and endpoints.
