@@ -21,6 +21,13 @@ const (
 	// streamBuffer is the read buffer of a connection that receives a stream: more than a frame, so that the next header
 	// comes with it, and less than a stream may cost.
 	streamBuffer = 96 << 10
+
+	// tlsChunkSize is chunkSize over TLS: three whole records. In front of it, in a buffer of the same size, is room for
+	// what encryption adds.
+	tlsChunkSize = 3*tlsRecord - headerSize
+	// tlsStreamBuffer is streamBuffer over TLS: crypto/tls reads a record at a time, and has large buffers of its own.
+	tlsStreamBuffer = tlsRecord + 1<<10
+
 	// maxEmptyReads is how often in a row a source may return nothing and no error.
 	maxEmptyReads = 100
 	// serverIdleTimeout is how long a server keeps a data connection on which nothing is in progress. A client closes
@@ -31,6 +38,8 @@ const (
 var (
 	chunkBuffers  = sync.Pool{New: func() any { return new([headerSize + chunkSize]byte) }}
 	streamBuffers = sync.Pool{New: func() any { return new([streamBuffer]byte) }}
+
+	tlsStreamBuffers = sync.Pool{New: func() any { return new([tlsStreamBuffer]byte) }}
 )
 
 // sendStream sends what src has as data frames. readErr is the error that ended the source, nil for io.EOF; writeErr
@@ -38,17 +47,21 @@ var (
 func (c *frameConn) sendStream(src io.Reader, spawn func(func())) (total uint64, readErr, writeErr error) {
 	b := chunkBuffers.Get().(*[headerSize + chunkSize]byte)
 	defer chunkBuffers.Put(b)
+	start := headerSize // of the data, with the frame's header in front of it
+	if c.over != nil {
+		start = len(b) - tlsChunkSize
+	}
 	for empty := 0; ; {
-		n, err := src.Read(b[headerSize:])
-		if n < 0 || n > chunkSize {
+		n, err := src.Read(b[start:])
+		if n < 0 || n > len(b)-start {
 			return total, errors.New("rpc: the source returned an impossible count from Read"), nil
 		}
 		if n > 0 {
-			appendHeader(b[:0], frameData, n)
+			appendHeader(b[:start-headerSize], frameData, n)
 			if total += uint64(n); total < batchSize { // all there is, perhaps
-				writeErr = c.writeSoon(b[:headerSize+n], spawn)
+				writeErr = c.writeSoon(b[start-headerSize:start+n], spawn)
 			} else {
-				writeErr = c.write(b[:headerSize+n])
+				writeErr = c.writeEndOf(b[:start+n], start-headerSize)
 			}
 			if writeErr != nil {
 				return total, nil, writeErr
@@ -266,7 +279,12 @@ func outcomeFrame(kind frameType, body []byte, err error) []byte {
 
 // grow gives the connection a large read buffer for the time of a stream.
 func (c *frameConn) grow() {
-	if c.small == nil {
+	switch {
+	case c.small != nil:
+	case c.encrypted:
+		c.small = c.buf
+		c.swapBuffer(tlsStreamBuffers.Get().(*[tlsStreamBuffer]byte)[:])
+	default:
 		c.small = c.buf
 		c.swapBuffer(streamBuffers.Get().(*[streamBuffer]byte)[:])
 	}
@@ -274,9 +292,15 @@ func (c *frameConn) grow() {
 
 // shrink takes it away again, unless it holds more than fits a small one.
 func (c *frameConn) shrink() {
-	if large := c.buf; c.small != nil && c.w-c.r <= smallBuffer {
-		c.swapBuffer(c.small)
-		c.small = nil
+	large := c.buf
+	if c.small == nil || c.w-c.r > smallBuffer {
+		return
+	}
+	c.swapBuffer(c.small)
+	c.small = nil
+	if c.encrypted {
+		tlsStreamBuffers.Put((*[tlsStreamBuffer]byte)(large))
+	} else {
 		streamBuffers.Put((*[streamBuffer]byte)(large))
 	}
 }

@@ -46,9 +46,6 @@ const (
 	// sending: closing at once would make TCP drop the last words to it.
 	lingerTime = time.Second
 
-	// tlsRecord is the most that one record of TLS carries (RFC 8446, 5.1).
-	tlsRecord = 16 << 10
-
 	// smallBuffer is the read buffer of a connection: small, because idle connections keep it.
 	smallBuffer = 2 << 10
 
@@ -85,6 +82,7 @@ type frameConn struct {
 	raw       interface{ bytesRead() uint64 } // counts bytes below TLS, whose records come late; may be nil
 	socket    syscall.RawConn                 // beneath nc, nil if there is none
 	encrypted bool                            // there is TLS between nc and socket
+	over      overWriter                      // nc, if it is one
 	started   time.Time                       // what times below are relative to
 
 	// theirs are the peer's promises: set once, by the reader, before it reads a frame.
@@ -101,6 +99,7 @@ type frameConn struct {
 	answered  chan struct{} // of a server: closed when its answer is written; nil for a client
 	writing   chan struct{} // the write lock, a channel so that waiting for it can be given up
 	held      []byte        // frames that wait for others; guarded by the write lock
+	scratch   []byte        // ends with the frames that are about to be written, and may be spoilt; nil for others
 	lastWrite atomic.Int64  // when the last write ended
 	begun     atomic.Bool   // what is said first was written
 
@@ -134,8 +133,14 @@ func newFrameConn(nc net.Conn, ours promises, stats *counters) *frameConn {
 		buf: make([]byte, smallBuffer), writing: make(chan struct{}, 1), done: make(chan struct{}),
 	}
 	c.raw, _ = nc.(interface{ bytesRead() uint64 })
+	c.over, _ = nc.(overWriter)
 	c.findSocket()
 	return c
+}
+
+// overWriter is a connection that can write b[from:] faster if it may spoil b.
+type overWriter interface {
+	writeOver(b []byte, from int) (int, error)
 }
 
 func addrString(a net.Addr) string {
@@ -287,7 +292,7 @@ func (c *frameConn) writeLocked(frames []byte) (touched bool, err error) {
 		c.held = nil
 		defer batchBuffers.Put((*[batchSize]byte)(held[:batchSize]))
 		if len(held)+len(frames) <= batchSize {
-			frames = append(held, frames...)
+			frames, c.scratch = append(held, frames...), nil
 		} else if n, err := c.nc.Write(held); err != nil {
 			return true, c.lost(err)
 		} else {
@@ -298,7 +303,7 @@ func (c *frameConn) writeLocked(frames []byte) (touched bool, err error) {
 		<-c.writing
 		return false, nil
 	}
-	n, err := c.nc.Write(frames)
+	n, err := c.send(frames)
 	c.lastWrite.Store(int64(time.Since(c.started)))
 	c.begun.Store(true)
 	c.stats.written.Add(uint64(max(n, 0)))
@@ -315,6 +320,27 @@ func (c *frameConn) writeLocked(frames []byte) (touched bool, err error) {
 	}
 	// A TLS connection that writes several records at once does not know which the peer has; half a record is none.
 	return n != 0 || c.raw != nil && len(frames) > tlsRecord, c.lost(err)
+}
+
+func (c *frameConn) send(frames []byte) (int, error) {
+	if c.scratch == nil || c.over == nil {
+		return c.nc.Write(frames)
+	}
+	b := c.scratch
+	c.scratch = nil
+	return c.over.writeOver(b, len(b)-len(frames))
+}
+
+// writeEndOf is write for the frames that b ends with, from there on. It spoils b.
+func (c *frameConn) writeEndOf(b []byte, from int) error {
+	if err := c.lockWrites(); err != nil {
+		return err
+	}
+	if c.over != nil {
+		c.scratch = b
+	}
+	_, err := c.writeLocked(b[from:])
+	return err
 }
 
 // awaitEnd waits for the connection's end, but not for long.

@@ -98,6 +98,8 @@ const (
 
 	defaultHandshakeTimeout = 10 * time.Second
 
+	tlsRecord = 16 << 10 // the most that one record of TLS carries (RFC 8446, 5.1)
+
 	defaultMessageSize = 64 << 20
 	minMessageSize     = 65536                                             // what may be sent before the other side's limit is known
 	maxName            = 255                                               // bytes of a method or an endpoint, a str8

@@ -4099,12 +4099,12 @@ func apiGet(t *testing.T, c *rpc.Client, req string) (io.ReadCloser, *text) {
 
 func TestEverySizeComesThrough(t *testing.T) {
 	sizes := []int{0, 1}
-	for _, n := range []int{32 << 10, 64 << 10, 1 << 20} {
+	for _, n := range []int{32 << 10, 48<<10 - 8, 64 << 10, 1 << 20} {
 		sizes = append(sizes, n-1, n, n+1)
 	}
 	overTransports(t, apiSetup, func(t *testing.T, c *rpc.Client) {
 		for i, size := range sizes {
-			step, data, res := []int{4093, 32769, 1<<20 + 3}[i%3], apiData[:size], new(text)
+			step, data, res := []int{4093, 16376, 32769, 1<<20 + 3}[i%4], apiData[:size], new(text)
 			check(t, c.Call(t.Context(), "echo", textOf(string(data)), res))
 			apiSame(t, "call", []byte(*res), data)
 
@@ -6389,7 +6389,7 @@ func TestTransportTLSSharesSystemCalls(t *testing.T) {
 	counted := &transportCountConn{Conn: serverSide}
 	client, server := transportTLSPair(t, clientSide, counted)
 	go io.Copy(io.Discard, client) // ends with the test's connection
-	for size, most := range map[int]int64{1: 1, 1 << 10: 1, 16 << 10: 1, 32 << 10: 1, 48 << 10: 1, 256 << 10: 5, 1 << 20: 17} {
+	for size, most := range map[int]int64{1: 1, 1 << 10: 1, 16 << 10: 1, 32 << 10: 1, 48 << 10: 1, 256 << 10: 6, 1 << 20: 22} {
 		counted.writes.Store(0)
 		if n, err := server.Write(make([]byte, size)); n != size || err != nil {
 			t.Fatal(n, err)

@@ -43,21 +43,23 @@ func (c *TLSConnecter) Connect(ctx context.Context) (net.Conn, error) {
 		return nil, err
 	}
 	conn := newTLSConn(tls.Client, plain, c.config())
-	if err := conn.HandshakeContext(ctx); err != nil {
+	if err := conn.handshake(ctx); err != nil {
 		plain.Close()
 		return nil, &lostError{"TLS handshake with " + printable(c.Addr) + handshakeHint(err, "the server"), err}
 	}
 	return conn, nil
 }
 
-// config is Config with a name to verify.
+// config is Config with a name to verify and with whole records. Where it has both, connections share it.
 func (c *TLSConnecter) config() *tls.Config {
-	host, _, err := net.SplitHostPort(c.Addr)
-	if err != nil || c.Config.ServerName != "" {
-		return c.Config
+	config := c.Config
+	if config.ServerName == "" || !config.DynamicRecordSizingDisabled {
+		config = config.Clone()
+		config.DynamicRecordSizingDisabled = true
 	}
-	config := c.Config.Clone()
-	config.ServerName, _, _ = strings.Cut(host, "%") // certificates have no zones
+	if host, _, err := net.SplitHostPort(c.Addr); err == nil && config.ServerName == "" {
+		config.ServerName, _, _ = strings.Cut(host, "%") // certificates have no zones
+	}
 	return config
 }
 
@@ -85,6 +87,7 @@ func ListenTLS(addr string, config *tls.Config, identities ...string) (*Listener
 		return nil, err
 	}
 	server := &tlsServer{config.Clone(), slices.Clone(identities)}
+	server.config.DynamicRecordSizingDisabled = true
 	return &Listener{Listener: l, Authenticate: server.authenticate}, nil
 }
 
@@ -117,7 +120,7 @@ type tlsServer struct {
 // refusal.
 func (s *tlsServer) authenticate(ctx context.Context, plain net.Conn) (net.Conn, string, error) {
 	conn := newTLSConn(tls.Server, plain, s.config)
-	if err := conn.HandshakeContext(ctx); err != nil {
+	if err := conn.handshake(ctx); err != nil {
 		return conn, "", &lostError{"TLS handshake" + handshakeHint(err, "the client"), err}
 	}
 	identity, err := s.identify(conn.ConnectionState())
@@ -227,8 +230,9 @@ func ServerTLSConfig(caFile, certFile, keyFile string) (*tls.Config, error) {
 // newTLSConfig is what both sides have in common.
 func newTLSConfig() *tls.Config {
 	return &tls.Config{
-		MinVersion:             tls.VersionTLS13,
-		SessionTicketsDisabled: true,
+		MinVersion:                  tls.VersionTLS13,
+		SessionTicketsDisabled:      true,
+		DynamicRecordSizingDisabled: true, // whole records, and a small Write is one
 	}
 }
 
@@ -343,25 +347,71 @@ type tlsConn struct {
 
 // newTLSConn returns the side of a connection that role, tls.Client or tls.Server, gives.
 func newTLSConn(role func(net.Conn, *tls.Config) *tls.Conn, plain net.Conn, config *tls.Config) *tlsConn {
-	config = config.Clone()
-	config.DynamicRecordSizingDisabled = true // whole records, and a small Write is one
 	records := &recordConn{Conn: plain}
 	return &tlsConn{Conn: role(records, config), records: records}
 }
 
-// corkMin is the length up to which a Write is one record, so that there is nothing to gather.
-const corkMin = 1 << 10
+// errNoHandshake is the error for a handshake whose goroutine has ended in a function of the config.
+var errNoHandshake = errors.New("a function of the config did not return")
 
-// Write returns when all of p is with the kernel; on the way there, records wait for others to share a system call.
-func (c *tlsConn) Write(p []byte) (int, error) {
+// handshake does the handshake in a goroutine of its own: that needs a large stack, which the caller's would keep as long
+// as it goes on to read the connection. A panic in a function of the config is passed on.
+func (c *tlsConn) handshake(ctx context.Context) error {
+	err := errNoHandshake
+	var panicked any
+	done := make(chan struct{})
+	go func() { // ends with the handshake, which ctx ends; handshake waits for it
+		defer close(done)
+		defer func() { panicked = recover() }()
+		err = c.HandshakeContext(ctx)
+	}()
+	<-done
+	if panicked != nil {
+		panic(panicked)
+	}
+	return err
+}
+
+const (
+	// overRecords is how many whole records are written in one system call: as many as fit a segment of Linux's loopback,
+	// of 65483 bytes. One call that makes two segments is a good deal slower; elsewhere it does not matter.
+	overRecords = 3
+	// overSize is that of a buffer for writeOver: the records, and in front of them room for what encryption adds.
+	overSize = (overRecords + 1) * tlsRecord
+)
+
+// overBuffers are lent for the time of a Write, so that idle connections need none.
+var overBuffers = sync.Pool{New: func() any { return new([overSize]byte) }}
+
+// Write returns when all of p is with the kernel.
+func (c *tlsConn) Write(p []byte) (n int, err error) {
 	c.writing.Lock()
 	defer c.writing.Unlock()
-	if len(p) <= corkMin {
+	if len(p) <= tlsRecord { // there is nothing to gather
 		return c.Conn.Write(p)
 	}
-	c.records.cork()
-	n, err := c.Conn.Write(p)
-	if flushErr := c.records.uncork(); err == nil {
+	b := overBuffers.Get().(*[overSize]byte)
+	defer overBuffers.Put(b)
+	for n < len(p) && err == nil {
+		m := copy(b[tlsRecord:], p[n:])
+		m, err = c.writeOverLocked(b[:tlsRecord+m], tlsRecord)
+		n += m
+	}
+	return n, err
+}
+
+// writeOver writes b[from:] with few system calls, and spoils b: what was encrypted makes room for the records that are
+// gathered in it.
+func (c *tlsConn) writeOver(b []byte, from int) (int, error) {
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	return c.writeOverLocked(b, from)
+}
+
+func (c *tlsConn) writeOverLocked(b []byte, from int) (int, error) {
+	c.records.gather(b, from)
+	n, err := c.Conn.Write(b[from:])
+	if flushErr := c.records.flush(); err == nil {
 		err = flushErr
 	}
 	if err != nil {
@@ -402,26 +452,19 @@ func (c *tlsConn) NetConn() net.Conn { return c.records.Conn }
 // sign of life long before crypto/tls has all of it. It is safe for concurrent use.
 func (c *tlsConn) bytesRead() uint64 { return c.records.received.Load() }
 
-// recordConn is beneath a tls.Conn. That makes a system call for each record of 16 KiB that it writes; this one
-// gathers them. It alters no byte and keeps their order. Reads are only counted: crypto/tls reads up to 40 KiB at a
-// time where that much is there, and more did not measure better.
+// recordConn is beneath a tls.Conn. That makes a system call for each record of 16 KiB that it writes; this one can gather
+// them. It alters no byte and keeps their order. Reads are only counted: crypto/tls reads up to 40 KiB at a time where
+// that much is there, and more did not measure better.
 type recordConn struct {
 	net.Conn
 	received atomic.Uint64 // bytes read from Conn
 
 	mu       sync.Mutex // the write lock: held while writing to Conn, so that records keep their order
-	corked   bool       // between cork and uncork
-	gathered *[gatherSize]byte
-	held     []byte // what waits, in gathered
-	writeErr error  // Conn's first; records are missing from there on, so every later Write has it, too
+	over     []byte     // between gather and flush: where records wait, in front of the bytes that are not encrypted yet
+	held     int        // bytes of records in over
+	free     int        // bytes of over that records may take
+	writeErr error      // Conn's first; records are missing from there on, so every later Write has it, too
 }
-
-// gatherSize is how much is written in one system call. On Linux's loopback a segment has 65483 bytes, and one call
-// that makes two segments is a good deal slower; elsewhere the last few bytes do not matter.
-const gatherSize = 65483
-
-// gatherBuffers are lent for the time of a Write, so that idle connections need none.
-var gatherBuffers = sync.Pool{New: func() any { return new([gatherSize]byte) }}
 
 // Read reads, and counts.
 func (r *recordConn) Read(p []byte) (int, error) {
@@ -430,50 +473,45 @@ func (r *recordConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Write writes records, or has them wait while corked. Besides those of the Write in progress there are few: Close's
-// goodbye, and what a Read has to answer.
+// gather has the records of b[from:] wait in b from now on.
+func (r *recordConn) gather(b []byte, from int) {
+	r.mu.Lock()
+	r.over, r.held, r.free = b, 0, from
+	r.mu.Unlock()
+}
+
+// flush ends that, and writes what waits.
+func (r *recordConn) flush() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.flushLocked()
+	r.over = nil
+	return r.writeErr
+}
+
+// Write writes a record, or has it wait. Besides those of the Write in progress there are few: Close's goodbye, and what a
+// Read has to answer. They are taken as they come, but only a whole record tells that 16 KiB have been encrypted.
 func (r *recordConn) Write(p []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if !r.corked {
-		return r.writeLocked(p)
+	if r.over != nil && len(p) >= tlsRecord {
+		r.free += tlsRecord
 	}
-	for rest := p; ; {
-		n := copy(r.gathered[len(r.held):], rest)
-		r.held, rest = r.gathered[:len(r.held)+n], rest[n:]
-		if len(rest) == 0 {
-			return len(p), nil
-		}
-		if err := r.flushLocked(); err != nil {
-			return 0, err
-		}
+	if r.held+len(p) > r.free {
+		r.flushLocked()
 	}
+	if len(p) <= r.free && r.over != nil && r.writeErr == nil {
+		r.held += copy(r.over[r.held:], p)
+		return len(p), nil
+	}
+	return r.writeLocked(p)
 }
 
-// cork has what is written from now on wait until there is enough for a system call.
-func (r *recordConn) cork() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.corked, r.gathered = true, gatherBuffers.Get().(*[gatherSize]byte)
-}
-
-// uncork ends that, and writes what waits.
-func (r *recordConn) uncork() error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	err := r.flushLocked()
-	gatherBuffers.Put(r.gathered)
-	r.corked, r.gathered = false, nil
-	return err
-}
-
-func (r *recordConn) flushLocked() error {
-	if len(r.held) == 0 {
-		return r.writeErr
+func (r *recordConn) flushLocked() {
+	if r.held > 0 {
+		r.writeLocked(r.over[:r.held])
+		r.held = 0
 	}
-	_, err := r.writeLocked(r.held)
-	r.held = nil
-	return err
 }
 
 func (r *recordConn) writeLocked(p []byte) (int, error) {
