@@ -347,7 +347,7 @@ type tlsConn struct {
 
 // newTLSConn returns the side of a connection that role, tls.Client or tls.Server, gives.
 func newTLSConn(role func(net.Conn, *tls.Config) *tls.Conn, plain net.Conn, config *tls.Config) *tlsConn {
-	records := &recordConn{Conn: plain}
+	records := &recordConn{Conn: plain, whole: true}
 	return &tlsConn{Conn: role(records, config), records: records}
 }
 
@@ -366,6 +366,7 @@ func (c *tlsConn) handshake(ctx context.Context) error {
 		err = c.HandshakeContext(ctx)
 	}()
 	<-done
+	c.records.whole = false
 	if panicked != nil {
 		panic(panicked)
 	}
@@ -459,6 +460,12 @@ type recordConn struct {
 	net.Conn
 	received atomic.Uint64 // bytes read from Conn
 
+	// Owned by the reader.
+	whole  bool    // no Read crosses the end of a record
+	header [5]byte // of the record at hand: its last two bytes are the size of what follows (RFC 8446, 5.1)
+	got    int     // bytes of the header that came
+	left   int     // bytes of the record that are to come after it
+
 	mu       sync.Mutex // the write lock: held while writing to Conn, so that records keep their order
 	over     []byte     // between gather and flush: where records wait, in front of the bytes that are not encrypted yet
 	held     int        // bytes of records in over
@@ -466,11 +473,38 @@ type recordConn struct {
 	writeErr error      // Conn's first; records are missing from there on, so every later Write has it, too
 }
 
-// Read reads, and counts.
+// Read reads, and counts. During the handshake crypto/tls gets one record at a time: it keeps the buffer that it reads
+// into, and would make that larger than an idle connection should have.
 func (r *recordConn) Read(p []byte) (int, error) {
+	if r.whole {
+		p = p[:min(len(p), r.missing())]
+	}
 	n, err := r.Conn.Read(p)
 	r.received.Add(uint64(n))
+	if r.whole {
+		r.note(p[:n])
+	}
 	return n, err
+}
+
+// missing is how much is to come of the record at hand, or of its header.
+func (r *recordConn) missing() int {
+	if r.got < len(r.header) {
+		return len(r.header) - r.got
+	}
+	return r.left
+}
+
+func (r *recordConn) note(b []byte) {
+	if r.got < len(r.header) {
+		r.got += copy(r.header[r.got:], b)
+		r.left = int(r.header[3])<<8 | int(r.header[4])
+	} else {
+		r.left -= len(b)
+	}
+	if r.got == len(r.header) && r.left == 0 {
+		r.got = 0
+	}
 }
 
 // gather has the records of b[from:] wait in b from now on.
