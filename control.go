@@ -315,6 +315,9 @@ func (cc *controlClient) readReply(size int) error {
 		return cc.c.violation("reply to call " + strconv.FormatUint(id, 10) + ", which was never made")
 	}
 	body, failed, err := cc.c.outcome(size - 8)
+	if err == nil {
+		err = cc.c.followed()
+	}
 	if err != nil {
 		return err
 	}

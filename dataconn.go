@@ -459,6 +459,7 @@ func (d *dataClient) upload(r io.Reader, closer *sourceCloser) (res result, sour
 		defer close(listened)
 		res = d.awaitResult()
 		if complete.Load() {
+			res.err = cmp.Or(res.err, d.c.followed())
 			return
 		}
 		if res.err == nil && res.failed == nil {

@@ -736,6 +736,25 @@ func (c *frameConn) body(n int) ([]byte, error) {
 	return b, nil
 }
 
+// followed makes sure that what is at hand behind a message looks like a frame. If the message's length was changed on
+// the way it is the rest of the message, and nothing else would tell: a message has no total, as a stream has.
+func (c *frameConn) followed() error {
+	b := c.buffered()
+	if len(b) == 0 {
+		return nil
+	}
+	_, high := c.sizes(frameType(b[0]))
+	for _, reserved := range b[1:min(len(b), 4)] {
+		if reserved != 0 {
+			high = -1
+		}
+	}
+	if high < 0 {
+		return c.violation("a message is not followed by a frame")
+	}
+	return nil
+}
+
 // readPayload reads some bytes of a payload, at least one if p is not empty.
 func (c *frameConn) readPayload(p []byte) (int, error) {
 	for len(p) > 0 {
@@ -814,7 +833,9 @@ func (c *frameConn) request(n int) (request, error) {
 	}
 	q := request{timeout: time.Duration(min(timeout, uint64(maxTimeout))), name: append(c.name[:0], name...)}
 	c.name = q.name
-	q.body, err = c.body(n)
+	if q.body, err = c.body(n); err == nil {
+		err = c.followed()
+	}
 	return q, err
 }
 
