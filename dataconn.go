@@ -756,7 +756,7 @@ func (d *dataServer) readRequest(ctx context.Context) error {
 func (d *dataServer) begin() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.draining {
+	if d.draining || d.spent {
 		return false
 	}
 	d.served++
@@ -995,7 +995,7 @@ func (s *serverStream) noteEnd(err error) error {
 		close(s.ended)
 	}
 	if err == errInterrupted {
-		return s.ctx.Err()
+		return cmp.Or(s.ctx.Err(), ErrClosed) // never nil, which would be a clean end
 	}
 	return err
 }
