@@ -321,7 +321,7 @@ func (p *serverProgram) open(slot int, name, banner string) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	conn, err := p.l.Connect(ctx)
-	if err != nil {
+	if err != nil { // it has shut down
 		return
 	}
 	e := newEnemy(conn.(*memConn), uint64(len(p.all)+1))
@@ -345,7 +345,11 @@ func (p *serverProgram) step(prog *program) {
 	request := func() string {
 		return string(programKinds[int(arg>>2)%len(programKinds)]) + strconv.Itoa(slot) + "." + strconv.Itoa(prog.steps)
 	}
-	switch op % 20 {
+	op %= 20
+	if 4 <= op && op <= 5 && e.label != "zrepl_control" || 6 <= op && op <= 10 && e.label != "zrepl_data" {
+		e.clean = false // these frames do not belong there
+	}
+	switch op {
 	case 0:
 		p.open(slot, "zrepl_control", programBanners[arg>>2&3])
 	case 1:
@@ -353,8 +357,9 @@ func (p *serverProgram) step(prog *program) {
 	case 2:
 		p.open(slot, "own", programBanners[arg>>2&3])
 	case 3: // in mid preface
-		p.open(slot, "zrepl_data", "")
-		p.peers[slot].clean = false
+		if p.open(slot, "zrepl_data", ""); p.peers[slot] != nil {
+			p.peers[slot].clean = false
+		}
 	case 4:
 		e.lastID += 1 + uint64(arg>>6)
 		req := request()
@@ -409,7 +414,11 @@ func (p *serverProgram) step(prog *program) {
 
 // large are claims, floods, and the end.
 func (p *serverProgram) large(e *enemy, arg byte) {
-	switch arg % 6 {
+	arg %= 6
+	if 2 <= arg && arg <= 3 && e.label != "zrepl_control" || arg == 4 && e.label != "zrepl_data" {
+		e.clean = false
+	}
+	switch arg {
 	case 0:
 		e.clean = false
 		e.say(head(tCall, 1<<32-1-int(arg)))
@@ -520,10 +529,6 @@ func (p *serverProgram) checkUpload(u programUpload) {
 		if !e.clean { // its request may be another than it seems
 			return
 		}
-	}
-	for _, e := range p.all {
-		said, _ := e.said()
-		p.t.Logf("sent %q\nsaid %q", e.sent.String(), said)
 	}
 	p.t.Errorf("the upload of %q was read to io.EOF after %d bytes without having been sent so", u.req, len(u.data))
 }
