@@ -875,7 +875,3 @@ type connRest interface {
 	SetReadDeadline(t time.Time) error
 	SetWriteDeadline(t time.Time) error
 }
-
-const roleVariable = "CHAOS_ROLE"
-
-func runRole(role string) {}
