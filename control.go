@@ -611,6 +611,7 @@ type serverCall struct {
 	refusal error // why there is no handler
 	body    []byte
 	reply   []byte // the frame
+	q       *frameQueue
 }
 
 func newControlServer(c *frameConn, maxHandlers int, dispatch dispatcher) *controlServer {
@@ -705,7 +706,7 @@ func (s *controlServer) readCall(ctx context.Context, size int) error {
 	if err := s.c.awaitAnswered(); err != nil {
 		return err
 	}
-	call := &serverCall{id: id, body: q.body}
+	call := &serverCall{id: id, body: q.body, q: &s.q}
 	call.parent = ctx
 	if q.timeout != 0 {
 		call.deadline = s.arrival().Add(q.timeout)
@@ -780,7 +781,21 @@ func (call *serverCall) handle(ctx context.Context, h *handler) error {
 	if err == nil {
 		call.reply, err = appendResult(appendReply(call.reply, call.id, nil), res)
 	}
+	if len(call.reply) > smallBody {
+		call.awaitRoom()
+	}
 	return err
+}
+
+// awaitRoom waits until little waits to be written, with the handler's place still taken: otherwise a client that does not
+// read its replies could have a server hold more of them than it runs handlers.
+func (call *serverCall) awaitRoom() {
+	q := call.q
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.size > maxPending {
+		q.waitLocked(call.parent, func() bool { return q.size > maxPending })
+	}
 }
 
 // appendReply appends a reply: an error, or one of success, to which the body is still to be appended.
