@@ -20,6 +20,9 @@ const (
 	defaultMaxConnsPerClient = 256
 	defaultMaxHandlers       = 256
 
+	// One client leaves some of the handlers to the others.
+	defaultMaxHandlersPerClient = 192
+
 	// maxLingerBytes is how much is read from a client that was refused.
 	maxLingerBytes = 1 << 20
 
@@ -125,6 +128,8 @@ type ServerConfig struct {
 	MaxConnsPerClient int
 	// MaxHandlers is how many handlers run at most, of all connections; further requests are refused. 0 means 256.
 	MaxHandlers int
+	// MaxHandlersPerClient is how many of them run for one identity. 0 means 192.
+	MaxHandlersPerClient int
 	// Intercept, if not nil, is called around every handler. It must call handle, with ctx or one derived from it, and
 	// return after it; while handle runs, a download's stream is sent, too. If it does not, the caller gets
 	// PermissionDenied. Pings of the library are not intercepted.
@@ -142,10 +147,11 @@ func (config ServerConfig) withDefaults() (ServerConfig, error) {
 	config.MaxConns = orDefault(config.MaxConns, defaultMaxConns)
 	config.MaxConnsPerClient = orDefault(config.MaxConnsPerClient, defaultMaxConnsPerClient)
 	config.MaxHandlers = orDefault(config.MaxHandlers, defaultMaxHandlers)
+	config.MaxHandlersPerClient = orDefault(config.MaxHandlersPerClient, defaultMaxHandlersPerClient)
 	if isNil(config.Logger) {
 		config.Logger = silent{}
 	}
-	if min(config.MaxHandshakes, config.MaxConns, config.MaxConnsPerClient, config.MaxHandlers) < 0 {
+	if min(config.MaxHandshakes, config.MaxConns, config.MaxConnsPerClient, config.MaxHandlers, config.MaxHandlersPerClient) < 0 {
 		return config, errors.New("rpc: a limit of the ServerConfig is negative")
 	}
 	return config, checkLimits(config.HandshakeTimeout, config.HeartbeatInterval, config.MaxMessageSize)
@@ -173,7 +179,7 @@ type Server struct {
 	listeners  map[*Listener]func() error // to close each, once
 	handshakes []*handshake               // in the order of their arrival
 	conns      map[*serverConn]struct{}
-	perClient  map[string]int
+	perClient  map[string]*clientUse
 	lingering  int           // connections that were refused and are not closed yet
 	running    int           // handlers
 	changed    chan struct{} // closed and replaced when a connection ends
@@ -198,7 +204,7 @@ func NewServer(h Handler, config ServerConfig) *Server {
 		ctx: ctx, cancel: cancel,
 		handlers:  make(map[handlerKey]*handler),
 		listeners: make(map[*Listener]func() error), conns: make(map[*serverConn]struct{}),
-		perClient: make(map[string]int), changed: make(chan struct{}),
+		perClient: make(map[string]*clientUse), changed: make(chan struct{}),
 	}
 	HandleCall(s, methodPing, func(_ context.Context, req *PingReq) (*PingRes, error) {
 		return &PingRes{Echo: req.Message}, nil
@@ -464,11 +470,15 @@ func (s *Server) leaveLocked(h *handshake) bool {
 	return false
 }
 
+// clientUse is what one identity has of a server.
+type clientUse struct{ conns, running int }
+
 // serverConn is a connection that was admitted.
 type serverConn struct {
 	s        *Server
 	nc       net.Conn
 	identity string
+	use      *clientUse // of identity; guarded by the server's mu
 	label    string
 	theirs   promises
 	fc       *frameConn    // nil for a label of the user's own
@@ -585,19 +595,24 @@ func (s *Server) judge(conn *serverConn, authErr error) error {
 func (s *Server) admitConn(h *handshake, conn *serverConn) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	use := s.perClient[conn.identity]
+	if use == nil {
+		use = new(clientUse)
+	}
 	switch {
 	case s.state != stateOpen:
 		return &refusalError{Unavailable, "the server is shutting down"}
 	case len(s.conns) >= s.config.MaxConns:
 		return &refusalError{ResourceExhausted, "the server has " + strconv.Itoa(len(s.conns)) + " connections open"}
-	case s.perClient[conn.identity] >= s.config.MaxConnsPerClient:
+	case use.conns >= s.config.MaxConnsPerClient:
 		return &refusalError{ResourceExhausted, "client " + quoted(conn.identity) + " has " +
-			strconv.Itoa(s.perClient[conn.identity]) + " connections open"}
+			strconv.Itoa(use.conns) + " connections open"}
 	case !s.leaveLocked(h):
 		return errHandshakeLate
 	}
+	conn.use = use
 	if conn.serveOwn != nil {
-		if err := s.takePlaceLocked(); err != nil {
+		if err := conn.takePlaceLocked(); err != nil {
 			return &refusalError{ResourceExhausted, err.(*Error).Message}
 		}
 	} else {
@@ -607,7 +622,8 @@ func (s *Server) admitConn(h *handshake, conn *serverConn) error {
 		conn.fc.writing <- struct{}{} // for the answer
 	}
 	s.conns[conn] = struct{}{}
-	s.perClient[conn.identity]++
+	s.perClient[conn.identity] = use
+	use.conns++
 	s.stats.conns.Add(1)
 	s.stats.openConns.Add(1)
 	return nil
@@ -634,9 +650,9 @@ func (s *Server) removeConn(conn *serverConn) {
 	defer s.mu.Unlock()
 	delete(s.conns, conn)
 	if conn.serveOwn != nil {
-		s.running--
+		conn.releasePlaceLocked()
 	}
-	if s.perClient[conn.identity]--; s.perClient[conn.identity] == 0 {
+	if conn.use.conns--; conn.use.conns == 0 {
 		delete(s.perClient, conn.identity)
 	}
 	s.stats.openConns.Add(-1)
@@ -760,12 +776,22 @@ func (conn *serverConn) handle(ctx context.Context, _ *handler) error {
 	return nil
 }
 
-func (s *Server) takePlaceLocked() error {
-	if s.running >= s.config.MaxHandlers {
+func (conn *serverConn) takePlaceLocked() error {
+	s := conn.s
+	switch {
+	case s.running >= s.config.MaxHandlers:
 		return &Error{Code: ResourceExhausted, Message: "the server runs " + strconv.Itoa(s.running) + " handlers already"}
+	case conn.use.running >= s.config.MaxHandlersPerClient:
+		return &Error{Code: ResourceExhausted, Message: "the server runs " + strconv.Itoa(conn.use.running) + " handlers of this client already"}
 	}
 	s.running++
+	conn.use.running++
 	return nil
+}
+
+func (conn *serverConn) releasePlaceLocked() {
+	conn.s.running--
+	conn.use.running--
 }
 
 // accept finds a handler and takes a place for it. Pings need none.
@@ -781,7 +807,7 @@ func (conn *serverConn) accept(kind frameType, name []byte) (*handler, error) {
 		err = unimplemented(string(name))
 	} else if h.name != methodPing {
 		s.mu.Lock()
-		err = s.takePlaceLocked()
+		err = conn.takePlaceLocked()
 		s.mu.Unlock()
 	}
 	if err != nil {
@@ -799,7 +825,7 @@ func (s *Server) countFailure(kind frameType) {
 func (conn *serverConn) run(ctx context.Context, h *handler, t task) error {
 	run := conn.contain
 	if h.name != methodPing {
-		defer conn.s.releasePlace()
+		defer conn.releasePlace()
 		run = conn.intercept
 	}
 	err := run(ctx, h, t)
@@ -809,10 +835,10 @@ func (conn *serverConn) run(ctx context.Context, h *handler, t task) error {
 	return err
 }
 
-func (s *Server) releasePlace() {
-	s.mu.Lock()
-	s.running--
-	s.mu.Unlock()
+func (conn *serverConn) releasePlace() {
+	conn.s.mu.Lock()
+	conn.releasePlaceLocked()
+	conn.s.mu.Unlock()
 }
 
 // intercept is contain through Intercept, if there is one.
