@@ -16,7 +16,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -45,6 +44,8 @@ func runRole(role string) {
 		roleServer()
 	case "client":
 		roleClient()
+	case "target":
+		roleTarget()
 	}
 }
 
@@ -55,19 +56,23 @@ func must(err error) {
 	}
 }
 
-func roleServer() {
+// roleListen listens as the environment says.
+func roleListen() *rpc.Listener {
 	addr, dir := os.Getenv(addrVariable), os.Getenv(tlsVariable)
-	var l *rpc.Listener
-	var err error
 	if dir == "" {
-		l, err = rpc.ListenTCP(addr, map[string]string{"0.0.0.0/0": "host-*"})
-	} else {
-		var config *tls.Config
-		config, err = rpc.ServerTLSConfig(filepath.Join(dir, "ca.pem"), filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"))
+		l, err := rpc.ListenTCP(addr, map[string]string{"0.0.0.0/0": "host-*"})
 		must(err)
-		l, err = rpc.ListenTLS(addr, config)
+		return l
 	}
+	config, err := rpc.ServerTLSConfig(filepath.Join(dir, "ca.pem"), filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"))
 	must(err)
+	l, err := rpc.ListenTLS(addr, config)
+	must(err)
+	return l
+}
+
+func roleServer() {
+	l := roleListen()
 	if os.Getenv(muteVariable) != "" {
 		l.Authenticate = func(ctx context.Context, _ net.Conn) (net.Conn, string, error) {
 			say("begin preface")
@@ -76,7 +81,6 @@ func roleServer() {
 		}
 	}
 	s := deathService(say).server(rpc.ServerConfig{HeartbeatInterval: holeHeartbeat})
-	rpc.HandleCall(s, "memory", roleMemory)
 	say("listening", l.Addr())
 	go s.Serve(l)
 	go func() { // tells when the last connection has gone
@@ -89,15 +93,6 @@ func roleServer() {
 		}
 	}()
 	io.Copy(io.Discard, os.Stdin)
-}
-
-// roleMemory tells what the process holds: "heap goroutines descriptors handlers".
-func roleMemory(context.Context, *rpc.PingReq) (*rpc.PingRes, error) {
-	runtime.GC()
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	c := takeCensus()
-	return &rpc.PingRes{Echo: fmt.Sprint(m.HeapInuse+m.StackInuse, c.goroutines, c.sockets)}, nil
 }
 
 func roleClient() {
