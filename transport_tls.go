@@ -45,7 +45,11 @@ func (c *TLSConnecter) Connect(ctx context.Context) (net.Conn, error) {
 	conn := newTLSConn(tls.Client, plain, c.config())
 	if err := conn.handshake(ctx); err != nil {
 		plain.Close()
-		return nil, &lostError{"TLS handshake with " + printable(c.Addr) + handshakeHint(err, "the server"), err}
+		what := "TLS handshake with " + printable(c.Addr) + handshakeHint(err, "the server")
+		if err == io.EOF { // which is for the clean end of a stream
+			err = io.ErrUnexpectedEOF
+		}
+		return nil, &lostError{what, err}
 	}
 	return conn, nil
 }
