@@ -38,7 +38,10 @@ import (
 
 // ---- Flags, figures, roles ----------------------------------------------------------------------------------------
 
-var soak = flag.Duration("soak", 0, "how long the soak runs (0: a few seconds); every other test is made longer, too")
+var (
+	soak     = flag.Duration("soak", 0, "how long the soak runs (0: a few seconds); other tests try more, too")
+	soakSeed = flag.Uint64("soakseed", 0, "the seed of the soak (0: another each time)")
+)
 
 // long tells whether everything is to be tried rather than what fits two minutes.
 func long() bool { return *soak > 0 }

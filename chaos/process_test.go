@@ -362,13 +362,7 @@ func TestDeathOfTheServer(t *testing.T) {
 // recovered wants f to succeed soon.
 func recovered(t testing.TB, state string, f func() error) {
 	began := time.Now()
-	for err := f(); err != nil; err = f() {
-		if time.Since(began) > patience {
-			t.Errorf("%s: no recovery: %v", state, err)
-			return
-		}
-		pause()
-	}
+	recoveredIn(t, state, f)
 	most("process death: longest time until all worked again after the restart, in ms", time.Since(began).Milliseconds())
 	count("process death: processes killed in the middle of something, and survived by the other side", 1)
 }

@@ -206,7 +206,7 @@ func (ln *lane) serve(client net.Conn) {
 		return
 	}
 	ln.mu.Lock()
-	n := ln.n
+	n, plan := ln.n, ln.plan
 	ln.n++
 	ln.mu.Unlock()
 	ln.hole.wait()
@@ -220,8 +220,8 @@ func (ln *lane) serve(client net.Conn) {
 		return
 	}
 	var faults [2]fault
-	if ln.plan != nil {
-		faults[up], faults[down] = ln.plan(n)
+	if plan != nil {
+		faults[up], faults[down] = plan(n)
 	}
 	both := sync.WaitGroup{}
 	both.Go(func() { ln.pump(up, client, server, faults[up]) })
