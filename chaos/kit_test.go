@@ -53,7 +53,9 @@ func TestMain(m *testing.M) {
 		runRole(role)
 		return
 	}
-	warmUp()
+	if warmUp(); long() {
+		patience = 10 * time.Minute
+	}
 	code := m.Run()
 	printFigures()
 	os.Exit(code)
@@ -215,8 +217,9 @@ func callsLeaks(s ast.Stmt) bool {
 // pause is the step of a poll that has a deadline.
 func pause() { <-time.After(500 * time.Microsecond) }
 
-// patience is how long a test waits for what has to happen, on a machine that is busy with other things.
-const patience = 30 * time.Second
+// patience is how long a test waits for what has to happen, on a machine that is busy with other things. A long run may
+// even be stopped for a while.
+var patience = 30 * time.Second
 
 // eventually polls until cond holds.
 func eventually(t testing.TB, what string, cond func() bool) {
