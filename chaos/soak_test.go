@@ -39,12 +39,32 @@ type soakRun struct {
 	calls   sync.Map // id: *atomic.Int64, how often it ran
 
 	wrong atomic.Int64
+
+	retiring []soakRetired
+}
+
+// soakRetired is an operation that is over, but may still be on its way to the server.
+type soakRetired struct {
+	of   *sync.Map
+	id   uint64
+	when time.Time
+}
+
+// retire forgets an operation, a while later.
+func (r *soakRun) retire(of *sync.Map, id uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := time.Now()
+	for len(r.retiring) > 0 && now.Sub(r.retiring[0].when) > 20*time.Second {
+		r.retiring[0].of.Delete(r.retiring[0].id)
+		r.retiring = r.retiring[1:]
+	}
+	r.retiring = append(r.retiring, soakRetired{of, id, now})
 }
 
 // soakUpload is what the server has seen of an upload.
 type soakUpload struct {
 	complete atomic.Bool // a clean end, and all bytes right
-	size     atomic.Int64
 }
 
 // bad reports what must not be.
@@ -90,9 +110,9 @@ func (r *soakRun) service() service {
 			if err != nil {
 				return req, nil // useAll's
 			}
-			if ran, ok := r.calls.Load(q.id); !ok {
+			if ran, ok := r.calls.Load(q.id); !ok && q.id > r.nextID.Load() {
 				r.bad("a call that nobody made: %q", req)
-			} else if ran.(*atomic.Int64).Add(1) > 1 {
+			} else if ok && ran.(*atomic.Int64).Add(1) > 1 {
 				r.bad("call %d ran twice", q.id)
 			}
 			switch q.mode {
@@ -125,8 +145,11 @@ func (r *soakRun) service() service {
 			count("soak: bytes of uploads that were checked", v.n)
 			known, _ := r.uploads.Load(q.id)
 			u, ok := known.(*soakUpload)
+			if !ok {
+				u = &soakUpload{} // long given up
+			}
 			switch {
-			case !ok:
+			case !ok && q.id > r.nextID.Load():
 				r.bad("an upload that nobody made: %q", req)
 			case v.wrong:
 				r.bad("upload %d has wrong bytes", q.id)
@@ -265,8 +288,7 @@ func (r *soakRun) operate(c *rpc.Client, rng *rand.Rand) {
 		if err == nil && (q.mode != "echo" || res != q.String()+" "+strings.Repeat("x", int(q.size))) {
 			r.bad("call %v returned %d bytes that are wrong", q, len(res))
 		}
-		r.calls.Delete(q.id)
-		r.calls.Store(q.id, new(atomic.Int64)) // it may still be on its way
+		r.retire(&r.calls, q.id)
 	case 3, 4, 5:
 		v := newVerifier(q.seed)
 		_, err = doGet(ctx, c, q.String(), v)
@@ -281,6 +303,7 @@ func (r *soakRun) operate(c *rpc.Client, rng *rand.Rand) {
 		u := &soakUpload{}
 		r.uploads.Store(q.id, u)
 		_, err = doPut(ctx, c, q.String(), q.source())
+		r.retire(&r.uploads, q.id)
 		if err == nil && !u.complete.Load() {
 			r.bad("upload %v succeeded, but the server does not have it", q)
 		}
