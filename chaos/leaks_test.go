@@ -17,6 +17,17 @@ import (
 // failures is how many of each kind of failure leave nothing.
 const failures = 10_000
 
+// fewer is what a short run does of what is slow.
+func fewer(n int) int {
+	switch {
+	case long():
+		return n
+	case raceEnabled:
+		return n / 16
+	}
+	return n / 4
+}
+
 // TestTenThousandFailedDials: refused connections, by all that connects.
 func TestTenThousandFailedDials(t *testing.T) {
 	leaks(t)
@@ -47,10 +58,7 @@ func TestTenThousandFailedDials(t *testing.T) {
 // TestTenThousandFailedHandshakes: a server that refuses, or hangs up in the middle.
 func TestTenThousandFailedHandshakes(t *testing.T) {
 	leaks(t)
-	n := failures
-	if !long() {
-		n /= 4
-	}
+	n := fewer(failures)
 	l, err := rpc.ListenTLS("127.0.0.1:0", theCA().server(t, "server"), "somebody")
 	check(t, err)
 	serve(t, echo.server(rpc.ServerConfig{}), l)
@@ -143,8 +151,8 @@ func TestTenThousandFailedStreams(t *testing.T) {
 	}
 	for _, tr := range transports {
 		n := failures / 2
-		if tr.name == "tls" && !long() {
-			n /= 4
+		if tr.name == "tls" || raceEnabled {
+			n = fewer(n)
 		}
 		l := tr.listen(t)
 		serve(t, v.server(rpc.ServerConfig{}), l)

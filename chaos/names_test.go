@@ -142,6 +142,9 @@ func TestCertificatesAndNames(t *testing.T) {
 			case !may && (strings.ContainsAny(err.Error(), "\x1b\n\x00") || len(err.Error()) > 2000):
 				t.Errorf("list %v: %s: the error is %q", list, m.name, err)
 			}
+			if may {
+				eventually(t, "the handlers of a call and a connection", func() bool { return ran.Load() == 2 })
+			}
 			count("certificates and names: clients, of each of which a call, a stream and a connection were tried", 1)
 		}
 	}

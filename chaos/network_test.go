@@ -10,7 +10,6 @@ import (
 	"net"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -364,16 +363,9 @@ func TestBlackHoleInMidPreface(t *testing.T) {
 		h := &holeTest{t: t, name: "mid preface over " + tr.name}
 		for op := range 3 { // nothing comes from the server at all
 			wg.Go(func() {
-				ln := p.lane(func(int) (up, down fault) {
-					return fault{}, fault{stall: &gate{shut: make(chan struct{})}}
-				})
-				gates := ln.plan
-				var opened atomic.Pointer[gate]
-				ln.plan = func(n int) (up, down fault) {
-					up, down = gates(n)
-					opened.Store(down.stall)
-					return up, down
-				}
+				shut := &gate{shut: make(chan struct{})}
+				defer shut.open()
+				ln := p.lane(func(int) (up, down fault) { return fault{}, fault{stall: shut} })
 				c := newClient(t, tr.connect(t, p.addr(), ln.ip), config)
 				began := time.Now()
 				err := []func() error{
@@ -385,9 +377,6 @@ func TestBlackHoleInMidPreface(t *testing.T) {
 					t.Errorf("%s: %v", h.name, err)
 				}
 				h.gaveUp("client", began)
-				if g := opened.Load(); g != nil {
-					g.open()
-				}
 			})
 		}
 		for _, said := range []string{"", "Z", banner[:20], banner, banner + "zrepl_control", "\x16\x03\x01\x02\x00\x01"} {
