@@ -274,6 +274,10 @@ func TestBeforeAuthentication(t *testing.T) {
 			var wg sync.WaitGroup
 			var opened atomic.Int64
 			const peers = 1000
+			comeback := time.Second
+			if raceEnabled { // the race detector makes a handshake of TLS cost ten times as much
+				comeback = 20 * time.Second
+			}
 			for range peers {
 				wg.Go(func() {
 					for { // who is thrown out comes back
@@ -297,7 +301,7 @@ func TestBeforeAuthentication(t *testing.T) {
 						select {
 						case <-stop:
 							return
-						case <-time.After(time.Second):
+						case <-time.After(comeback):
 						}
 					}
 				})
