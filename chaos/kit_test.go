@@ -473,21 +473,6 @@ func newClient(t testing.TB, c rpc.Connecter, config rpc.ClientConfig) *rpc.Clie
 	return client
 }
 
-// testLogger shows what is reported as a warning or an error.
-type testLogger struct {
-	t    testing.TB
-	what string
-}
-
-func (l testLogger) DebugContext(context.Context, string, ...any) {}
-func (l testLogger) InfoContext(context.Context, string, ...any)  {}
-func (l testLogger) WarnContext(_ context.Context, msg string, args ...any) {
-	l.t.Log(l.what, msg, args)
-}
-func (l testLogger) ErrorContext(_ context.Context, msg string, args ...any) {
-	l.t.Log(l.what, msg, args)
-}
-
 // ---- Transports ---------------------------------------------------------------------------------------------------
 
 // transport makes a listener, and connecters to an address that come from another.
