@@ -732,7 +732,7 @@ func (s *controlServer) arrival() time.Time {
 func (s *controlServer) begin(call *serverCall) (begun bool, err error) {
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
-	full := func() bool { return !s.draining && (s.q.size > maxPending || len(s.running) >= s.maxRunning) }
+	full := func() bool { return !s.draining && len(s.running) >= s.maxRunning }
 	if full() {
 		within, cancel := context.WithTimeout(call.parent, maxReplyStall)
 		defer cancel()
@@ -807,10 +807,12 @@ func appendReply(b []byte, id uint64, err error) []byte {
 	return appendError(b, err)
 }
 
-// reply sends the one reply of a call, and after the last one that is due closes the sending direction.
+// reply sends the one reply of a call, and after the last one that is due closes the sending direction. Until there is
+// room it waits, and the call counts as running: meanwhile others are read, and the client is heard.
 func (s *controlServer) reply(call *serverCall, frame []byte) {
 	call.end(context.Canceled)
 	s.q.mu.Lock()
+	s.q.waitLocked(call.parent, func() bool { return s.q.size > maxPending })
 	delete(s.running, call.id)
 	s.q.crowded = len(s.running) > 0
 	mustFlush := s.q.appendLocked(frame)

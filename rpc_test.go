@@ -8393,3 +8393,45 @@ func TestAConnecterThatPanicsIsAnError(t *testing.T) {
 		check(t, c.Close())
 	}
 }
+
+// slowConn is a connection over a link of so many bytes a second.
+type slowConn struct {
+	*memConn
+	rate int
+}
+
+func (c slowConn) Write(b []byte) (n int, err error) {
+	for n < len(b) && err == nil {
+		var m int
+		m, err = c.memConn.Write(b[n:min(n+c.rate/8, len(b))])
+		n += m
+		time.Sleep(time.Duration(m) * time.Second / time.Duration(c.rate))
+	}
+	return n, err
+}
+
+// TestAClientThatReadsLargeRepliesOverASlowLinkIsKept: it takes minutes to write what many callers have asked for at once.
+func TestAClientThatReadsLargeRepliesOverASlowLinkIsKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		l.pipe = func() (net.Conn, net.Conn) { c, s := newMemConns(); return c, slowConn{s, 64 << 10} }
+		s := rpc.NewServer(nil, rpc.ServerConfig{})
+		rpc.HandleCall(s, "large", func(context.Context, *text) (*text, error) {
+			return textOf(strings.Repeat("x", 512<<10)), nil
+		})
+		serve(t, s, l.listener())
+		c := rpc.NewClient(l, rpc.ClientConfig{})
+		var callers sync.WaitGroup
+		for range 16 { // 8 s each
+			callers.Go(func() {
+				for range 2 {
+					if err := c.Call(t.Context(), "large", nil, nil); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+		callers.Wait()
+		check(t, c.Close())
+	})
+}
