@@ -169,13 +169,13 @@ func (c *Client) call(ctx context.Context, method string, req, res Message) erro
 	if err := c.check(ctx, method); err != nil {
 		return callError(method, nil).with(err, fateNotRun)
 	}
-	limit := c.callLimit(ctx)
+	deadline := c.callDeadline(ctx)
 	for retried := false; ; {
-		cc, err := c.controlConn(ctx, limit.deadline)
+		cc, err := c.controlConn(ctx, deadline)
 		if err != nil {
 			return callError(method, nil).with(err, fateNotRun)
 		}
-		r := cc.tryCall(ctx, limit, method, req)
+		r := cc.tryCall(ctx, deadline, method, req)
 		switch {
 		case r.err == errNotBegun && ctx.Err() == nil:
 			continue
@@ -189,12 +189,12 @@ func (c *Client) call(ctx context.Context, method string, req, res Message) erro
 	}
 }
 
-// callLimit is the time that a call has.
-func (c *Client) callLimit(ctx context.Context) callLimit {
+// callDeadline is that of a call whose ctx has none, or zero.
+func (c *Client) callDeadline(ctx context.Context) time.Time {
 	if _, ok := ctx.Deadline(); ok || c.config.CallTimeout < 0 {
-		return callLimit{timeout: timeoutOf(ctx)}
+		return time.Time{}
 	}
-	return callLimit{c.config.CallTimeout, time.Now().Add(c.config.CallTimeout)}
+	return time.Now().Add(c.config.CallTimeout)
 }
 
 // callError says what was being done.

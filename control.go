@@ -425,22 +425,20 @@ func (cc *controlClient) hasProved() bool {
 	return cc.proved
 }
 
-// callLimit is the time that a call has.
-type callLimit struct {
-	timeout  time.Duration // for the server; 0: none
-	deadline time.Time     // if ctx has none; zero: none
-}
-
-// tryCall makes a call over this connection.
-func (cc *controlClient) tryCall(ctx context.Context, limit callLimit, method string, req Message) result {
+// tryCall makes a call over this connection. The deadline is for a ctx that has none, zero for none at all.
+func (cc *controlClient) tryCall(ctx context.Context, deadline time.Time, method string, req Message) result {
+	timeout := timeoutOf(ctx)
+	if !deadline.IsZero() {
+		timeout = max(time.Until(deadline), 1)
+	}
 	buf := frameBuffers.Get().(*[]byte)
-	frame := appendCall((*buf)[:0], limit.timeout, method)
+	frame := appendCall((*buf)[:0], timeout, method)
 	fields := len(frame)
 	frame, err := appendMessage(frame, req)
 	if err != nil {
 		return unstarted(err, false)
 	}
-	call, r := cc.begin(ctx, finishFrame(frame, 0), len(frame)-fields, limit.deadline)
+	call, r := cc.begin(ctx, finishFrame(frame, 0), len(frame)-fields, deadline)
 	if call == nil {
 		return r
 	}

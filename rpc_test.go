@@ -8435,3 +8435,33 @@ func TestAClientThatReadsLargeRepliesOverASlowLinkIsKept(t *testing.T) {
 		check(t, c.Close())
 	})
 }
+
+// TestAHandlerGetsTheTimeThatIsLeftAfterConnecting: what the caller has waited for a connection is not the handler's.
+func TestAHandlerGetsTheTimeThatIsLeftAfterConnecting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		s := rpc.NewServer(nil, rpc.ServerConfig{})
+		rpc.HandleCall(s, "left", func(ctx context.Context, _ *text) (*text, error) {
+			deadline, _ := ctx.Deadline()
+			return textOf(time.Until(deadline).String()), nil
+		})
+		serve(t, s, l.listener())
+		dial := rpc.ConnecterFunc(func(ctx context.Context) (net.Conn, error) {
+			time.Sleep(4 * time.Second)
+			return l.Connect(ctx)
+		})
+		call := func(ctx context.Context, config rpc.ClientConfig) {
+			c := rpc.NewClient(dial, config)
+			var left text
+			check(t, c.Call(ctx, "left", nil, &left))
+			if left != "6s" {
+				t.Errorf("of 10s, of which connecting took 4s, the handler has got %s", left)
+			}
+			check(t, c.Close())
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		call(ctx, rpc.ClientConfig{})
+		cancel()
+		call(t.Context(), rpc.ClientConfig{CallTimeout: 10 * time.Second})
+	})
+}
