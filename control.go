@@ -76,8 +76,9 @@ func (q *frameQueue) finishLocked() (mustFlush bool) {
 	return q.startLocked()
 }
 
-// waitLocked returns when full is false. It gives up when ctx or the connection ends. Meanwhile mu is not held.
-func (q *frameQueue) waitLocked(ctx context.Context, full func() bool) (err error) {
+// waitLocked returns when full is false. It gives up when ctx ends, and when done is closed, with the cause of the
+// connection's end. Meanwhile mu is not held.
+func (q *frameQueue) waitLocked(ctx context.Context, done <-chan struct{}, full func() bool) (err error) {
 	for err == nil && full() {
 		if q.room == nil {
 			q.room = make(chan struct{})
@@ -86,7 +87,7 @@ func (q *frameQueue) waitLocked(ctx context.Context, full func() bool) (err erro
 		q.mu.Unlock()
 		select {
 		case <-room:
-		case <-q.c.done:
+		case <-done:
 			err = q.c.ended()
 		case <-ctx.Done():
 			err = ctx.Err()
@@ -253,7 +254,6 @@ func (cc *controlClient) run(readAnswer func() error, ended func(cause error)) {
 	if cc.cause = err; cc.refusal == nil || err != errPolite {
 		cc.refuseLocked(err)
 	}
-	cc.q.wakeLocked()
 	cc.q.mu.Unlock()
 	cc.flushers.Wait()
 	cc.end(err)
@@ -364,6 +364,7 @@ func (cc *controlClient) readGoaway() error {
 func (cc *controlClient) refuseLocked(why error) {
 	cc.refusal = why
 	cc.refused.Store(true)
+	cc.q.wakeLocked()
 }
 
 // end gives every call that still waits the cause of the connection's end.
@@ -481,7 +482,8 @@ func (cc *controlClient) begin(ctx context.Context, frame []byte, bodySize int, 
 	return call, result{}
 }
 
-// awaitTurnLocked waits until a body of this size may be sent, and until there is room for it.
+// awaitTurnLocked waits until a body of this size may be sent, and until there is room for it. At the connection's end it
+// waits for the refusal: until then a call that is tried again would get the same connection.
 func (cc *controlClient) awaitTurnLocked(ctx context.Context, bodySize int, deadline time.Time) error {
 	large := bodySize > minMessageSize
 	full := func() bool { return cc.refusal == nil && (cc.q.size > maxPending || large && !cc.answered) }
@@ -491,7 +493,7 @@ func (cc *controlClient) awaitTurnLocked(ctx context.Context, bodySize int, dead
 			defer cancel()
 			ctx = within
 		}
-		if err := cc.q.waitLocked(ctx, full); err != nil {
+		if err := cc.q.waitLocked(ctx, nil, full); err != nil {
 			return err
 		}
 	}
@@ -734,7 +736,7 @@ func (s *controlServer) begin(call *serverCall) (begun bool, err error) {
 	if full() {
 		within, cancel := context.WithTimeout(call.parent, maxReplyStall)
 		defer cancel()
-		if err := s.q.waitLocked(within, full); err == context.DeadlineExceeded {
+		if err := s.q.waitLocked(within, s.c.done, full); err == context.DeadlineExceeded {
 			return false, s.c.violation("the client does not read its replies")
 		} else if err != nil {
 			return false, err
@@ -810,7 +812,7 @@ func appendReply(b []byte, id uint64, err error) []byte {
 func (s *controlServer) reply(call *serverCall, frame []byte) {
 	call.end(context.Canceled)
 	s.q.mu.Lock()
-	s.q.waitLocked(call.parent, func() bool { return s.q.size > maxPending })
+	s.q.waitLocked(call.parent, s.c.done, func() bool { return s.q.size > maxPending })
 	delete(s.running, call.id)
 	s.q.crowded = len(s.running) > 0
 	mustFlush := s.q.appendLocked(frame)

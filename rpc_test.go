@@ -8465,3 +8465,43 @@ func TestAHandlerGetsTheTimeThatIsLeftAfterConnecting(t *testing.T) {
 		call(t.Context(), rpc.ClientConfig{CallTimeout: 10 * time.Second})
 	})
 }
+
+// slowClosing is a connection whose Close takes its time.
+type slowClosing struct{ *memConn }
+
+func (c slowClosing) Close() error { time.Sleep(10 * time.Millisecond); return c.memConn.Close() }
+
+// TestACallThatWaitsForRoomIsRetried on another connection, when the one that it waits for is lost.
+func TestACallThatWaitsForRoomIsRetried(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		s := rpc.NewServer(nil, rpc.ServerConfig{})
+		rpc.HandleCall(s, "echo", func(_ context.Context, r *text) (*text, error) { return r, nil })
+		serve(t, s, l.listener())
+		cl, silent := newMemConns() // reads nothing and has no heartbeat
+		say(t, silent, answer)
+		dials := 0
+		c := rpc.NewClient(rpc.ConnecterFunc(func(ctx context.Context) (net.Conn, error) {
+			if dials++; dials == 1 {
+				return slowClosing{cl}, nil
+			}
+			return l.Connect(ctx)
+		}), rpc.ClientConfig{})
+		results := make(chan error, 3)
+		for _, size := range []int{300 << 10, 300 << 10, 1} { // one is being written, one fills the queue, one waits
+			go func() { results <- c.Call(t.Context(), "echo", textOf(strings.Repeat("x", size)), nil) }()
+			synctest.Wait()
+		}
+		var failed []error
+		for range 3 {
+			if err := <-results; err != nil {
+				failed = append(failed, err)
+			}
+		}
+		if len(failed) != 1 || !errors.Is(failed[0], rpc.ErrPeerTimeout) {
+			t.Errorf("of three calls, of which one may have run, these failed: %v", failed)
+		}
+		check(t, c.Close())
+		silent.Close()
+	})
+}
