@@ -353,18 +353,16 @@ func (c *frameConn) awaitEnd(most time.Duration) {
 	}
 }
 
-// awaitAnswered returns when the answer of a server is written: before that, nothing is acted on.
+// awaitAnswered returns when the answer of a server is written: before that, nothing is acted on. When it cannot be
+// written, the connection has ended.
 func (c *frameConn) awaitAnswered() error {
+	<-c.answered
 	select {
-	case <-c.answered: // nearly always, and cheaper than to wait for two
-		return nil
-	default:
-	}
-	select {
-	case <-c.answered:
 	case <-c.done:
+		return c.ended()
+	default:
+		return nil
 	}
-	return c.ended()
 }
 
 // startPulse begins to send heartbeats and to watch for the peer's: something is in progress.

@@ -8505,3 +8505,47 @@ func TestACallThatWaitsForRoomIsRetried(t *testing.T) {
 		silent.Close()
 	})
 }
+
+// lateConn is a connection that is lost before anything is written, after what the other side has sent was read.
+type lateConn struct {
+	*memConn
+	lost chan struct{}
+	once sync.Once
+}
+
+func (c *lateConn) Write([]byte) (int, error) {
+	c.once.Do(func() { close(c.lost) })
+	return 0, errLiveBroken
+}
+
+func (c *lateConn) Read(b []byte) (int, error) {
+	n, err := c.memConn.Read(b)
+	if len(b) > 512 { // not of the preface
+		<-c.lost
+		time.Sleep(time.Millisecond)
+	}
+	return n, err
+}
+
+// TestNothingIsActedOnWithoutAnAnswer: a client that gets none takes it that nothing has run.
+func TestNothingIsActedOnWithoutAnAnswer(t *testing.T) {
+	for name, request := range map[string]string{"zrepl_control": frame(tCall, uint64(1), uint64(0), str8("run")), "zrepl_data": dataDown("run", "")} {
+		wireTest(t, name, func(t *testing.T) {
+			l := newMemListener()
+			l.pipe = func() (net.Conn, net.Conn) {
+				c, s := newMemConns()
+				return c, &lateConn{memConn: s, lost: make(chan struct{})}
+			}
+			s := rpc.NewServer(nil, rpc.ServerConfig{})
+			ran := func() { t.Error("the handler ran") }
+			rpc.HandleCall(s, "run", func(context.Context, *text) (*text, error) { ran(); return textOf(""), nil })
+			rpc.HandleDownload(s, "run", func(context.Context, *text) (*text, io.ReadCloser, error) { ran(); return textOf(""), nil, nil })
+			serve(t, s, l.listener())
+			nc, err := l.Connect(t.Context())
+			check(t, err)
+			say(t, nc, banner+label(name)+request)
+			time.Sleep(time.Second)
+			nc.Close()
+		})
+	}
+}
