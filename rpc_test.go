@@ -8549,3 +8549,20 @@ func TestNothingIsActedOnWithoutAnAnswer(t *testing.T) {
 		})
 	}
 }
+
+// TestInterceptIsAroundAnUploadThatIsCalledPing: it is none of the library's.
+func TestInterceptIsAroundAnUploadThatIsCalledPing(t *testing.T) {
+	l := newMemListener()
+	s := rpc.NewServer(nil, rpc.ServerConfig{Intercept: func(context.Context, rpc.CallInfo, func(context.Context)) {}})
+	rpc.HandleUpload(s, "ping", func(context.Context, *text, io.Reader) (*text, error) {
+		t.Error("the handler ran")
+		return nil, nil
+	})
+	serve(t, s, l.listener())
+	c := rpc.NewClient(l, rpc.ClientConfig{})
+	defer c.Close()
+	check(t, c.WaitForConnectivity(t.Context()))
+	if err := c.Upload(t.Context(), "ping", nil, strings.NewReader("x"), nil); rpc.CodeOf(err) != rpc.PermissionDenied {
+		t.Error(err)
+	}
+}

@@ -805,7 +805,7 @@ func (conn *serverConn) accept(kind frameType, name []byte) (*handler, error) {
 	var err error
 	if h == nil {
 		err = unimplemented(string(name))
-	} else if h.name != methodPing {
+	} else if !isPing(h) {
 		s.mu.Lock()
 		err = conn.takePlaceLocked()
 		s.mu.Unlock()
@@ -816,6 +816,9 @@ func (conn *serverConn) accept(kind frameType, name []byte) (*handler, error) {
 	return h, err
 }
 
+// isPing tells whether a handler is one of the library's own. An upload of that name is the user's.
+func isPing(h *handler) bool { return h.name == methodPing && h.kind != frameUpload }
+
 func (s *Server) countFailure(kind frameType) {
 	_, failures := s.stats.of(kind)
 	failures.Add(1)
@@ -824,7 +827,7 @@ func (s *Server) countFailure(kind frameType) {
 // run runs a handler, and gives its place back.
 func (conn *serverConn) run(ctx context.Context, h *handler, t task) error {
 	run := conn.contain
-	if h.name != methodPing {
+	if !isPing(h) {
 		defer conn.releasePlace()
 		run = conn.intercept
 	}
