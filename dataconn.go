@@ -594,7 +594,7 @@ type dataServer struct {
 
 	flushers sync.WaitGroup     // of frames that were held back
 	idle     *time.Timer        // drains the connection when nothing was in progress for serverIdleTimeout
-	ended    time.Time          // when the latest request ended; guarded by mu
+	ended    time.Time          // when the latest request ended; zero while one is in progress, and guarded by mu
 	worker   chan struct{}      // closed when the latest worker has returned; nil before the first
 	cancel   context.CancelFunc // ends the latest worker's context
 }
@@ -720,6 +720,7 @@ func (d *dataServer) sayGoaway() {
 
 // readRequest reads a request and starts its worker.
 func (d *dataServer) readRequest(ctx context.Context) error {
+	d.setEnded(time.Time{})
 	d.c.startPulse()
 	h, err := d.c.next()
 	if err != nil {
@@ -809,11 +810,15 @@ func (d *dataServer) work(s *serverStream, endpoint []byte) {
 	if s.limited {
 		d.c.nc.SetWriteDeadline(time.Time{})
 	}
-	d.mu.Lock()
-	d.ended = time.Now()
-	d.mu.Unlock()
+	d.setEnded(time.Now())
 	d.c.stopPulse()
 	d.stopIfIdle()
+}
+
+func (d *dataServer) setEnded(ended time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.ended = ended
 }
 
 // drain lets the request in progress end and starts no other: goaway, then the end of the connection.
@@ -828,14 +833,15 @@ func (d *dataServer) drain() {
 func (d *dataServer) closeIfIdle() {
 	d.mu.Lock()
 	left := serverIdleTimeout - time.Since(d.ended)
-	if d.busy {
+	if d.ended.IsZero() { // from the first byte of a request until its last is written
 		left = serverIdleTimeout
 	}
 	d.mu.Unlock()
-	if left > 0 {
-		d.idle.Reset(left)
-	} else {
+	switch {
+	case left <= 0:
 		d.drain()
+	case d.c.ended() == nil:
+		d.idle.Reset(left)
 	}
 }
 

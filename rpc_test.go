@@ -8566,3 +8566,46 @@ func TestInterceptIsAroundAnUploadThatIsCalledPing(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestARequestThatArrivesIsNotIdleTime: ten minutes without a request end a connection, but not in the middle of one.
+func TestARequestThatArrivesIsNotIdleTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		s := rpc.NewServer(nil, rpc.ServerConfig{})
+		serve(t, s, l.listener())
+		nc := rawData(t, l)
+		time.Sleep(10*time.Minute - time.Second)
+		request := dataDown("ping", "")
+		say(t, nc, request[:5])
+		time.Sleep(2 * time.Second)
+		say(t, nc, request[5:])
+		wireWant(t, nc, frame(tResult, byte(0)))
+		wireWant(t, nc, frame(tEnd, uint64(0)))
+		nc.Close()
+	})
+}
+
+// TestADeadPeerIsFoundWhileTheLastFrameIsBlocked, for however long its sink has stalled before.
+func TestADeadPeerIsFoundWhileTheLastFrameIsBlocked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		s := rpc.NewServer(nil, rpc.ServerConfig{})
+		full := pipeSize - len(answer) - len(frame(tResult, byte(0))) - 2*len(frame(tData)) // in two frames
+		rpc.HandleDownload(s, "full", func(context.Context, *text) (*text, io.ReadCloser, error) {
+			return textOf(""), &fill{'x', full}, nil
+		})
+		serve(t, s, l.listener())
+		nc, err := l.Connect(t.Context())
+		check(t, err)
+		say(t, nc, banner+label("zrepl_data")+dataDown("full", ""))
+		for range 11 * 12 { // eleven minutes, in which it does not read
+			time.Sleep(5 * time.Second)
+			say(t, nc, frame(tHeartbeat))
+		}
+		time.Sleep(21 * time.Second)
+		if n := s.Stats().OpenConns; n != 0 {
+			t.Errorf("%d connections are open to a peer that has been silent for four intervals", n)
+		}
+		nc.Close()
+	})
+}
