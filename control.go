@@ -794,7 +794,7 @@ func (call *serverCall) awaitRoom() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.size > maxPending {
-		q.waitLocked(call.parent, func() bool { return q.size > maxPending })
+		q.waitLocked(call.parent, q.c.done, func() bool { return q.size > maxPending })
 	}
 }
 

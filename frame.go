@@ -288,22 +288,34 @@ func (c *frameConn) flushHeld() {
 
 // writeLocked writes for who holds the write lock, and releases it unless that fails. What is held back goes first.
 func (c *frameConn) writeLocked(frames []byte) (touched bool, err error) {
+	scratch := c.scratch
+	c.scratch = nil
 	if held := c.held; held != nil {
 		c.held = nil
 		defer batchBuffers.Put((*[batchSize]byte)(held[:batchSize]))
 		if len(held)+len(frames) <= batchSize {
-			frames, c.scratch = append(held, frames...), nil
-		} else if n, err := c.nc.Write(held); err != nil {
-			return true, c.lost(err)
-		} else {
-			c.stats.written.Add(uint64(n))
+			frames, scratch = append(held, frames...), nil
+		} else if touched, err = c.writeOut(held, nil); err != nil {
+			return touched, err
 		}
 	}
-	if len(frames) == 0 {
-		<-c.writing
-		return false, nil
+	if len(frames) > 0 {
+		touched, err = c.writeOut(frames, scratch)
 	}
-	n, err := c.send(frames)
+	if err == nil {
+		<-c.writing
+	}
+	return touched, err
+}
+
+// writeOut writes some whole frames, which scratch ends with if it is not nil. After an error the write lock stays taken.
+func (c *frameConn) writeOut(frames, scratch []byte) (touched bool, err error) {
+	var n int
+	if scratch != nil {
+		n, err = c.over.writeOver(scratch, len(scratch)-len(frames))
+	} else {
+		n, err = c.nc.Write(frames)
+	}
 	c.lastWrite.Store(int64(time.Since(c.started)))
 	c.begun.Store(true)
 	c.stats.written.Add(uint64(max(n, 0)))
@@ -311,7 +323,6 @@ func (c *frameConn) writeLocked(frames []byte) (touched bool, err error) {
 		err = io.ErrShortWrite
 	}
 	if err == nil {
-		<-c.writing
 		return true, nil
 	}
 	// The lock stays taken: nothing may follow half a frame. Why a server left may be on its way to the client's reader.
@@ -320,15 +331,6 @@ func (c *frameConn) writeLocked(frames []byte) (touched bool, err error) {
 	}
 	// A TLS connection that writes several records at once does not know which the peer has; half a record is none.
 	return n != 0 || c.raw != nil && len(frames) > tlsRecord, c.lost(err)
-}
-
-func (c *frameConn) send(frames []byte) (int, error) {
-	if c.scratch == nil || c.over == nil {
-		return c.nc.Write(frames)
-	}
-	b := c.scratch
-	c.scratch = nil
-	return c.over.writeOver(b, len(b)-len(frames))
 }
 
 // writeEndOf is write for the frames that b ends with, from there on. It spoils b.

@@ -8609,3 +8609,35 @@ func TestADeadPeerIsFoundWhileTheLastFrameIsBlocked(t *testing.T) {
 		nc.Close()
 	})
 }
+
+// TestAnEarlyErrorOfASmallStartArrives, though what was held back cannot be written any more.
+func TestAnEarlyErrorOfASmallStartArrives(t *testing.T) {
+	for range 20 {
+		synctest.Test(t, func(t *testing.T) {
+			cl, sv := newMemConns()
+			broken, cl2 := newLiveConn(cl)
+			c := rpc.NewClient(rpc.ConnecterFunc(func(context.Context) (net.Conn, error) { return cl2, nil }), rpc.ClientConfig{})
+			request := dataUp("put", "")
+			small := true
+			source := readerFunc(func(p []byte) (int, error) {
+				if small {
+					small = false
+					expect(t, sv, banner+label("zrepl_data")+request)
+					say(t, sv, answer)
+					synctest.Wait()
+					broken.mu.Lock()
+					broken.broken = true
+					broken.mu.Unlock()
+					return 100, nil
+				}
+				return len(p), nil
+			})
+			time.AfterFunc(100*time.Millisecond, func() { say(t, sv, frame(tResult, byte(rpc.ResourceExhausted), "no space left")) })
+			if err := c.Upload(t.Context(), "put", nil, source, nil); rpc.CodeOf(err) != rpc.ResourceExhausted {
+				t.Error(err)
+			}
+			check(t, c.Close())
+			sv.Close()
+		})
+	}
+}
