@@ -860,14 +860,15 @@ func (s *serverStream) handle(ctx context.Context, h *handler) error {
 		return s.receive(ctx, h)
 	}
 	res, stream, err := h.run(ctx, s.body, nil)
+	closer := &sourceCloser{source: stream, panicked: s.d.panicked}
+	defer closer.close() // also if the result panics
 	if err == nil {
 		s.result, err = appendResult(nil, res)
 	}
 	if err != nil {
-		s.closer(stream).close()
 		return err
 	}
-	return s.send(ctx, stream)
+	return s.send(ctx, stream, closer)
 }
 
 // receive has the handler read the stream of an upload, until it returns. The end of ctx makes its reads end.
@@ -920,13 +921,11 @@ func (s *serverStream) lastFrame(err error) (frame []byte, reusable bool) {
 	return uint64Frame(frameEnd, s.total), true
 }
 
-// send sends the result of a download, then the stream, and closes that on every path. A nil stream is an empty one.
-func (s *serverStream) send(ctx context.Context, stream io.ReadCloser) error {
+// send sends the result of a download, then the stream, which the end of ctx closes. A nil stream is an empty one.
+func (s *serverStream) send(ctx context.Context, stream io.Reader, closer *sourceCloser) error {
 	if stream == nil {
 		return s.sendResult()
 	}
-	closer := s.closer(stream)
-	defer closer.close()
 	release := whenDone(ctx, func() {
 		// What is left to say gets a little time to be written, though the client may not be reading.
 		s.limitWrites()
@@ -951,10 +950,6 @@ func (s *serverStream) send(ctx context.Context, stream io.ReadCloser) error {
 func (s *serverStream) limitWrites() {
 	s.c.nc.SetWriteDeadline(time.Now().Add(lingerTime))
 	s.limited = true
-}
-
-func (s *serverStream) closer(stream io.Reader) *sourceCloser {
-	return &sourceCloser{source: stream, panicked: s.d.panicked}
 }
 
 func (s *serverStream) sendResult() error {

@@ -8641,3 +8641,22 @@ func TestAnEarlyErrorOfASmallStartArrives(t *testing.T) {
 		})
 	}
 }
+
+// TestAStreamWhoseResultPanicsIsClosed, as on every other path.
+func TestAStreamWhoseResultPanicsIsClosed(t *testing.T) {
+	l := newMemListener()
+	s := rpc.NewServer(nil, rpc.ServerConfig{})
+	source := newLiveSource(1, 1)
+	rpc.HandleDownload(s, "panic", func(context.Context, *text) (*srvPanic, io.ReadCloser, error) {
+		return &srvPanic{}, source, nil
+	})
+	serve(t, s, l.listener())
+	c := rpc.NewClient(l, rpc.ClientConfig{})
+	defer c.Close()
+	if _, err := c.Download(t.Context(), "panic", nil, nil); rpc.CodeOf(err) != rpc.Internal {
+		t.Error(err)
+	}
+	if !liveDone(source.shut) {
+		t.Error("the stream was not closed")
+	}
+}
