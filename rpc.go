@@ -71,8 +71,7 @@
 //
 // Messages have MaxMessageSize (64 MiB); what is longer is an error at the sender and a protocol error at the receiver.
 // Memory for a message grows as it arrives. The server holds 64 handshakes, 1024 connections, 256 of them per client, and
-// 256 running handlers, 192 of them per client, unless [ServerConfig] says otherwise. A stream has no limit, and takes less
-// than 128 KiB.
+// 256 running handlers, unless [ServerConfig] says otherwise. A stream has no limit, and takes less than 128 KiB.
 package rpc
 
 import (

@@ -20,9 +20,6 @@ const (
 	defaultMaxConnsPerClient = 256
 	defaultMaxHandlers       = 256
 
-	// One client leaves some of the handlers to the others.
-	defaultMaxHandlersPerClient = 192
-
 	// maxLingerBytes is how much is read from a client that was refused.
 	maxLingerBytes = 1 << 20
 
@@ -128,7 +125,8 @@ type ServerConfig struct {
 	MaxConnsPerClient int
 	// MaxHandlers is how many handlers run at most, of all connections; further requests are refused. 0 means 256.
 	MaxHandlers int
-	// MaxHandlersPerClient is how many of them run for one identity. 0 means 192.
+	// MaxHandlersPerClient is how many of them run for one identity, so that one leaves some to the others. 0 means
+	// MaxHandlers.
 	MaxHandlersPerClient int
 	// Intercept, if not nil, is called around every handler. It must call handle, with ctx or one derived from it, and
 	// return after it; while handle runs, a download's stream is sent, too. If it does not, the caller gets
@@ -147,7 +145,7 @@ func (config ServerConfig) withDefaults() (ServerConfig, error) {
 	config.MaxConns = orDefault(config.MaxConns, defaultMaxConns)
 	config.MaxConnsPerClient = orDefault(config.MaxConnsPerClient, defaultMaxConnsPerClient)
 	config.MaxHandlers = orDefault(config.MaxHandlers, defaultMaxHandlers)
-	config.MaxHandlersPerClient = orDefault(config.MaxHandlersPerClient, defaultMaxHandlersPerClient)
+	config.MaxHandlersPerClient = orDefault(config.MaxHandlersPerClient, config.MaxHandlers)
 	if isNil(config.Logger) {
 		config.Logger = silent{}
 	}

@@ -64,7 +64,7 @@ func roleTarget() {
 		_, err := io.Copy(io.Discard, r)
 		return req, err
 	}
-	s := v.server(rpc.ServerConfig{HeartbeatInterval: time.Second, HandshakeTimeout: 5 * time.Second})
+	s := v.server(rpc.ServerConfig{HeartbeatInterval: time.Second, HandshakeTimeout: 5 * time.Second, MaxHandlersPerClient: clientHandlers})
 	rpc.HandleCall(s, "state", func(context.Context, *rpc.PingReq) (*rpc.PingRes, error) {
 		runtime.GC()
 		var m runtime.MemStats
@@ -84,6 +84,9 @@ type targetState struct {
 	memory                                             int64
 	goroutines, running, peak, ended, conns, refusedHS int64
 }
+
+// clientHandlers is how many handlers the targets run for one client at most.
+const clientHandlers = 192
 
 // target is a server under attack, and an honest client of it.
 type target struct {
@@ -520,7 +523,7 @@ func TestAuthenticatedEnemies(t *testing.T) {
 				}
 			}
 			peak := g.state().peak
-			if most("attacks after authentication: handlers of one client that ran at once (limit 192, and 1 of an honest client)", peak); peak > 192+1 {
+			if most("attacks after authentication: handlers of one client that ran at once (limit 192, and 1 of an honest client)", peak); peak > clientHandlers+1 {
 				t.Errorf("%d handlers ran at once", peak)
 			}
 			count("attacks after authentication: calls cancelled at once", int64(n))
@@ -609,8 +612,8 @@ func TestAuthenticatedEnemies(t *testing.T) {
 					io.WriteString(e, callFrame(uint64(i+1), "block"))
 				}
 			}
-			eventually(t, "as many handlers as one client may have", func() bool { return g.state().running >= 192 })
-			if n := g.state().running; n > 192+1 {
+			eventually(t, "as many handlers as one client may have", func() bool { return g.state().running >= clientHandlers })
+			if n := g.state().running; n > clientHandlers+1 {
 				t.Errorf("%d handlers run", n)
 			}
 			c := rpc.NewClient(g.tr.connect(g.t, g.addr, net.IPv4(127, 0, 0, 3)), rpc.ClientConfig{})
