@@ -421,7 +421,7 @@ func (p *serverProgram) large(e *enemy, arg byte) {
 	switch arg {
 	case 0:
 		e.clean = false
-		e.say(head(tCall, 1<<32-1-int(arg)))
+		e.say(head(tCall, 1<<32-1-int64(arg)))
 	case 1:
 		e.clean = false
 		e.say(head(tDownload, 60<<20) + payload(uint64(0), str8("get"), "x"))

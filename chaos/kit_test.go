@@ -788,11 +788,11 @@ const (
 
 // frame is a frame whose payload is made of string (bytes), int (u8) and uint64 (u64).
 func frame(kind byte, parts ...any) string {
-	return head(kind, len(payload(parts...))) + payload(parts...)
+	return head(kind, int64(len(payload(parts...)))) + payload(parts...)
 }
 
 // head is a header that claims a length.
-func head(kind byte, length int) string {
+func head(kind byte, length int64) string {
 	return string(binary.BigEndian.AppendUint32([]byte{kind, 0, 0, 0}, uint32(length)))
 }
 
