@@ -624,7 +624,6 @@ type clientOp struct {
 	req    string
 	size   int // of an upload's source, -1: it fails
 	cancel context.CancelFunc
-	gate   *gated // of a source that blocks
 	done   chan struct{}
 	res    string
 	data   string

@@ -4,7 +4,6 @@ package chaos_test
 
 import (
 	"encoding/binary"
-	"errors"
 	"io"
 	"net"
 	"sync"
@@ -228,8 +227,6 @@ func (ln *lane) serve(client net.Conn) {
 	both.Go(func() { ln.pump(down, server, client, faults[down]) })
 	both.Wait()
 }
-
-var errCut = errors.New("cut")
 
 // pump carries one direction.
 func (ln *lane) pump(dir int, from, to net.Conn, f fault) {
