@@ -587,6 +587,7 @@ type dataServer struct {
 
 	mu       sync.Mutex
 	busy     bool // a request is in progress
+	ending   bool // it is over, but its last frame is not written
 	draining bool // no further request is started
 	spent    bool // an upload failed: the client may still be sending, so that no further request can be found
 	lingers  bool // the connection's goroutine reads no requests any more
@@ -720,7 +721,9 @@ func (d *dataServer) sayGoaway() {
 
 // readRequest reads a request and starts its worker.
 func (d *dataServer) readRequest(ctx context.Context) error {
-	d.setEnded(time.Time{})
+	d.mu.Lock()
+	d.ended = time.Time{}
+	d.mu.Unlock()
 	d.c.startPulse()
 	h, err := d.c.next()
 	if err != nil {
@@ -801,6 +804,7 @@ func (d *dataServer) work(s *serverStream, endpoint []byte) {
 	last, reusable := s.lastFrame(err)
 	d.mu.Lock()
 	d.busy = false // before the client can know that it is over, and send its next request
+	d.ending = true
 	d.spent = !reusable
 	d.mu.Unlock()
 	if s.limited {
@@ -810,15 +814,12 @@ func (d *dataServer) work(s *serverStream, endpoint []byte) {
 	if s.limited {
 		d.c.nc.SetWriteDeadline(time.Time{})
 	}
-	d.setEnded(time.Now())
+	d.mu.Lock()
+	d.ended = time.Now()
+	d.ending = false
+	d.mu.Unlock()
 	d.c.stopPulse()
 	d.stopIfIdle()
-}
-
-func (d *dataServer) setEnded(ended time.Time) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.ended = ended
 }
 
 // drain lets the request in progress end and starts no other: goaway, then the end of the connection.
@@ -845,11 +846,12 @@ func (d *dataServer) closeIfIdle() {
 	}
 }
 
-// stopIfIdle wakes the connection's goroutine when no further request is to be served.
+// stopIfIdle wakes the connection's goroutine when no further request is to be served. While the last frame is written, that
+// goes on listening: otherwise nobody would notice a client that dies without reading it.
 func (d *dataServer) stopIfIdle() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if !d.busy && !d.lingers && (d.spent || d.draining) {
+	if !d.busy && !d.ending && !d.lingers && (d.spent || d.draining) {
 		d.c.interrupt()
 	}
 }

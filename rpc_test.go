@@ -8587,27 +8587,38 @@ func TestARequestThatArrivesIsNotIdleTime(t *testing.T) {
 
 // TestADeadPeerIsFoundWhileTheLastFrameIsBlocked, for however long its sink has stalled before.
 func TestADeadPeerIsFoundWhileTheLastFrameIsBlocked(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := newMemListener()
-		s := rpc.NewServer(nil, rpc.ServerConfig{})
-		full := pipeSize - len(answer) - len(frame(tResult, byte(0))) - 2*len(frame(tData)) // in two frames
-		rpc.HandleDownload(s, "full", func(context.Context, *text) (*text, io.ReadCloser, error) {
-			return textOf(""), &fill{'x', full}, nil
+	for name, stop := range map[string]bool{"idle for long": false, "Shutdown": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := newMemListener()
+				s := rpc.NewServer(nil, rpc.ServerConfig{})
+				full := pipeSize - len(answer) - len(frame(tResult, byte(0))) - 2*len(frame(tData)) // in two frames
+				rpc.HandleDownload(s, "full", func(context.Context, *text) (*text, io.ReadCloser, error) {
+					return textOf(""), &fill{'x', full}, nil
+				})
+				serve(t, s, l.listener())
+				nc, err := l.Connect(t.Context())
+				check(t, err)
+				say(t, nc, banner+label("zrepl_data")+dataDown("full", ""))
+				for range 11 * 12 { // eleven minutes, in which it does not read
+					time.Sleep(5 * time.Second)
+					say(t, nc, frame(tHeartbeat))
+				}
+				shut := make(chan error, 1)
+				if stop {
+					go func() { shut <- s.Shutdown(t.Context()) }()
+				}
+				time.Sleep(21 * time.Second)
+				if n := s.Stats().OpenConns; n != 0 {
+					t.Errorf("%d connections are open to a peer that has been silent for four intervals", n)
+				}
+				nc.Close()
+				if stop {
+					check(t, <-shut)
+				}
+			})
 		})
-		serve(t, s, l.listener())
-		nc, err := l.Connect(t.Context())
-		check(t, err)
-		say(t, nc, banner+label("zrepl_data")+dataDown("full", ""))
-		for range 11 * 12 { // eleven minutes, in which it does not read
-			time.Sleep(5 * time.Second)
-			say(t, nc, frame(tHeartbeat))
-		}
-		time.Sleep(21 * time.Second)
-		if n := s.Stats().OpenConns; n != 0 {
-			t.Errorf("%d connections are open to a peer that has been silent for four intervals", n)
-		}
-		nc.Close()
-	})
+	}
 }
 
 // TestAnEarlyErrorOfASmallStartArrives, though what was held back cannot be written any more.
