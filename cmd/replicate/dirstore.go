@@ -48,6 +48,8 @@ func openDirStore(path string, log *slog.Logger) (*dirStore, error) {
 
 func (s *dirStore) Close() error { return s.root.Close() }
 
+func (s *dirStore) Lineage() lineage { return independent }
+
 func (s *dirStore) Sub(name string) (Store, error) {
 	if err := checkName(name); err != nil {
 		return nil, rpc.Errorf(rpc.InvalidArgument, "%v", err)

@@ -265,7 +265,7 @@ func TestBrokenStreamIsNeverAVersionAndIsResumed(t *testing.T) {
 				return
 			}
 			point, err := sink.ParseResumeToken(token)
-			if err != nil || point != (ResumePoint{"v", v.GUID, uint64(at - head)}) {
+			if err != nil || point != (ResumePoint{Name: "v", GUID: v.GUID, Offset: uint64(at - head)}) {
 				t.Fatalf("resume point %v, %v", point, err)
 			}
 			rest := sent(t, source, &rpc.SendReq{Filesystem: "f", To: &v, ResumeToken: token})
@@ -363,7 +363,7 @@ func TestStreamThatDoesNotFitBehindThePartialIsRefused(t *testing.T) {
 	for _, offset := range []uint64{0, 1, 999, 1001, n} {
 		var token string
 		if offset > 0 {
-			token = resumeToken(ResumePoint{"v", v.GUID, offset})
+			token = resumeToken(ResumePoint{Name: "v", GUID: v.GUID, Offset: offset})
 		}
 		err := receive(sink, "f", v, bytes.NewReader(sent(t, source, &rpc.SendReq{Filesystem: "f", To: &v, ResumeToken: token})))
 		if rpc.CodeOf(err) != rpc.Aborted {
@@ -685,11 +685,11 @@ func TestSendRefusesWhatIsNotThereAnyMore(t *testing.T) {
 		"nothing asked for":  {rpc.SendReq{Filesystem: "f"}, rpc.InvalidArgument},
 		"another filesystem": {rpc.SendReq{Filesystem: "g", To: &v}, rpc.NotFound},
 		"another GUID":       {rpc.SendReq{Filesystem: "f", To: &gone}, rpc.NotFound},
-		"another's token":    {rpc.SendReq{Filesystem: "f", To: &v, ResumeToken: resumeToken(ResumePoint{"v", v.GUID + 1, 1})}, rpc.InvalidArgument},
-		"token of no version": {rpc.SendReq{Filesystem: "f", ResumeToken: resumeToken(ResumePoint{"w", v.GUID, 1})},
+		"another's token":    {rpc.SendReq{Filesystem: "f", To: &v, ResumeToken: resumeToken(ResumePoint{Name: "v", GUID: v.GUID + 1, Offset: 1})}, rpc.InvalidArgument},
+		"token of no version": {rpc.SendReq{Filesystem: "f", ResumeToken: resumeToken(ResumePoint{Name: "w", GUID: v.GUID, Offset: 1})},
 			rpc.NotFound},
-		"offset past the end": {rpc.SendReq{Filesystem: "f", To: &v, ResumeToken: resumeToken(ResumePoint{"v", v.GUID, 101})}, rpc.OutOfRange},
-		"offset past 63 bits": {rpc.SendReq{Filesystem: "f", To: &v, ResumeToken: resumeToken(ResumePoint{"v", v.GUID, 1 << 63})}, rpc.InvalidArgument},
+		"offset past the end": {rpc.SendReq{Filesystem: "f", To: &v, ResumeToken: resumeToken(ResumePoint{Name: "v", GUID: v.GUID, Offset: 101})}, rpc.OutOfRange},
+		"offset past 63 bits": {rpc.SendReq{Filesystem: "f", To: &v, ResumeToken: resumeToken(ResumePoint{Name: "v", GUID: v.GUID, Offset: 1 << 63})}, rpc.InvalidArgument},
 		"a ZFS token":         {rpc.SendReq{Filesystem: "f", To: &v, ResumeToken: "1-e604ea4bf-e0-789c"}, rpc.InvalidArgument},
 	} {
 		if _, stream, err := s.Send(context.Background(), &test.req); rpc.CodeOf(err) != test.code || stream != nil {

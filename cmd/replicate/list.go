@@ -109,6 +109,7 @@ func (l *lister) addPeer(ctx context.Context, f *listFlags) error {
 	if err != nil {
 		return err
 	}
+	defer f.peer.wait()
 	defer client.Close()
 	var peer rpc.Handler = client
 	if f.side == "sink" {
@@ -136,7 +137,7 @@ func (l *lister) add(ctx context.Context, from rpc.Handler, mark func(*listed)) 
 
 func (l *lister) addVersions(ctx context.Context, from rpc.Handler, f rpc.Filesystem, mark func(*listed)) error {
 	if f.ResumeToken != "" {
-		if point, err := parseDirToken(f.ResumeToken); err == nil {
+		if point, err := parseToken(f.ResumeToken); err == nil {
 			v := l.version(f.Path, rpc.FilesystemVersion{Name: point.Name, GUID: point.GUID})
 			v.Partial = point.Offset
 		}

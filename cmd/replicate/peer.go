@@ -17,13 +17,18 @@ const defaultServer = "server"
 // peerFlags say how to reach the passive side.
 type peerFlags struct {
 	addr, tls, name, serverName string
+	identityFile, ssh, remote   string
+	dialer                      *sshDialer // of an ssh: peer, once it is used
 }
 
 func (p *peerFlags) add(flags *flag.FlagSet) {
-	flags.StringVar(&p.addr, "peer", "", "`address` of the passive side, HOST:PORT")
+	flags.StringVar(&p.addr, "peer", "", "`address` of the passive side, HOST:PORT or ssh:[USER@]HOST[:PORT]")
 	flags.StringVar(&p.tls, "tls", "", "`DIR` with ca.crt, NAME.crt and NAME.key as \"replicate certs\" makes them; without it: plain TCP")
 	flags.StringVar(&p.name, "name", "", "the `NAME` of the certificate to show (default: the only one in DIR besides \""+defaultServer+"\")")
 	flags.StringVar(&p.serverName, "server-name", defaultServer, "the `NAME` that the peer's certificate must have")
+	flags.StringVar(&p.identityFile, "identity-file", "", "ssh: the `FILE` with the private key (default: as ssh is configured)")
+	flags.StringVar(&p.ssh, "ssh", defaultSSH, "ssh: the `PROGRAM` that connects")
+	flags.StringVar(&p.remote, "remote", defaultRemote, "ssh: the `COMMAND` to run there; a forced command in authorized_keys takes its place")
 }
 
 // client makes a client of the peer; it connects when it is used.
@@ -39,8 +44,14 @@ func (p *peerFlags) connecter() (rpc.Connecter, error) {
 	if p.addr == "" {
 		return nil, usagef("-peer is missing")
 	}
+	if destination, ok := strings.CutPrefix(p.addr, "ssh:"); ok {
+		return p.sshConnecter(destination)
+	}
+	if p.identityFile != "" {
+		return nil, usagef("-identity-file %q: it is for -peer ssh:HOST", p.identityFile)
+	}
 	if _, _, err := net.SplitHostPort(p.addr); err != nil {
-		return nil, usagef("-peer %q: %v; it is HOST:PORT", p.addr, err)
+		return nil, usagef("-peer %q: %v; it is HOST:PORT or ssh:[USER@]HOST[:PORT]", p.addr, err)
 	}
 	if p.tls == "" {
 		if p.name != "" {

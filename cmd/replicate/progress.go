@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"runtime"
 	"slices"
@@ -11,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"text/tabwriter"
 	"time"
 )
 
@@ -36,9 +38,19 @@ type reporter struct {
 	versions int // that were transferred
 	bytes    int64
 	resumed  int64 // bytes that did not have to be sent again
-	steps    int   // that were planned
+	results  map[string]*result
+	steps    int // that were planned
 	planSize uint64
 	failures int
+}
+
+// result is what came of a filesystem.
+type result struct {
+	versions int
+	bytes    int64
+	took     time.Duration // sending
+	broken   bool          // the last transfer did not come to its end
+	failed   bool
 }
 
 // transfer is one version on its way.
@@ -67,7 +79,7 @@ type event struct {
 // newReporter starts to show progress; close ends that.
 func newReporter(o output, asJSON bool) *reporter {
 	r := &reporter{o: o, json: asJSON, live: !asJSON && isTerminal(o.status), begun: time.Now(),
-		quit: make(chan struct{}), done: make(chan struct{})}
+		quit: make(chan struct{}), done: make(chan struct{}), results: make(map[string]*result)}
 	interval := lineInterval
 	switch {
 	case r.json:
@@ -191,7 +203,12 @@ func (r *reporter) finish(t *transfer, err error) {
 	r.erase()
 	r.active = slices.DeleteFunc(r.active, func(other *transfer) bool { return other == t })
 	r.bytes += t.done.Load()
+	of := r.result(t.filesystem)
+	of.bytes += t.done.Load()
+	of.took += time.Since(t.begun)
+	of.broken = err != nil
 	if err == nil {
+		of.versions++
 		r.versions++
 		r.resumed += t.offset
 	}
@@ -211,6 +228,14 @@ func (r *reporter) finish(t *transfer, err error) {
 	r.draw()
 }
 
+// result is the entry of that filesystem, new or not. The lock is held.
+func (r *reporter) result(filesystem string) *result {
+	if r.results[filesystem] == nil {
+		r.results[filesystem] = new(result)
+	}
+	return r.results[filesystem]
+}
+
 // retrying tells that the filesystem (or, with no name, listing) is tried again.
 func (r *reporter) retrying(filesystem string, err error, wait time.Duration) {
 	r.mu.Lock()
@@ -226,6 +251,7 @@ func (r *reporter) failed(filesystem string, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.failures++
+	r.result(filesystem).failed = true
 	if r.json {
 		r.emit(event{Event: "failed", Filesystem: filesystem, Error: err.Error()})
 		return
@@ -285,7 +311,30 @@ func (r *reporter) summary(filesystems int, interrupted bool) error {
 	return r.outcome(interrupted)
 }
 
+// table shows what came of each filesystem that was not up to date.
+func (r *reporter) table() {
+	if len(r.results) == 0 {
+		return
+	}
+	w := tabwriter.NewWriter(r.o.out, 0, 0, 2, ' ', 0)
+	fmt.Fprint(w, "\nFILESYSTEM\tVERSIONS\tSENT\tTIME\tRATE\tRESULT\n")
+	for _, name := range slices.Sorted(maps.Keys(r.results)) {
+		of := r.results[name]
+		outcome := "done"
+		switch {
+		case of.failed:
+			outcome = "FAILED"
+		case of.broken:
+			outcome = "broke off"
+		}
+		fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\n", shown(name), of.versions, size(of.bytes), short(of.took), speed(of.bytes, of.took), outcome)
+	}
+	w.Flush()
+	fmt.Fprintln(r.o.out)
+}
+
 func (r *reporter) summarize(filesystems int, took time.Duration, interrupted bool) {
+	r.table()
 	switch {
 	case r.versions > 0 && r.resumed > 0:
 		fmt.Fprintf(r.o.out, "transferred %s: %s in %s (%s); %s did not have to be sent again\n",
@@ -320,11 +369,11 @@ func (t *transfer) line() string {
 	if t.size == 0 {
 		return fmt.Sprintf("%s: %s, %s", t.title(), size(t.offset+done), speed(done, took))
 	}
-	left := "?"
+	left, expected := "?", max(t.size, done) // an estimate may be too low
 	if done > 0 {
-		left = time.Duration(float64(took) * float64(t.size-done) / float64(done)).Round(time.Second).String()
+		left = time.Duration(float64(took) * float64(expected-done) / float64(done)).Round(time.Second).String()
 	}
-	whole := t.offset + t.size
+	whole := t.offset + expected
 	return fmt.Sprintf("%s: %s of %s, %d%%, %s, %s left", t.title(), size(t.offset+done), size(whole),
 		100*(t.offset+done)/max(whole, 1), speed(done, took), left)
 }

@@ -59,7 +59,10 @@ func worthRetrying(err error) bool {
 	var cert *tls.CertificateVerificationError
 	var notTLS tls.RecordHeaderError
 	var op *net.OpError
+	var ssh *sshError
 	switch {
+	case errors.As(err, &ssh) && ssh.hopeless():
+		return false
 	case errors.As(err, &refused):
 		return refused.Code == rpc.Unavailable || refused.Code == rpc.ResourceExhausted
 	case errors.As(err, &protocol), errors.As(err, &cert), errors.As(err, &notTLS):

@@ -15,7 +15,7 @@ import (
 
 var serveCommand = command{
 	name:     "serve",
-	synopsis: "-listen ADDR [-sink STORE] [-source STORE] -tls DIR | -clients MAP",
+	synopsis: "-listen ADDR -tls DIR | -listen ADDR -clients MAP | -stdio -stdio-identity NAME  [-sink STORE] [-source STORE]",
 	brief:    "be the passive side: take pushes, serve pulls",
 	about: `The passive side. A sink takes pushes: each client has a folder of its own in it, named by its identity, and sees and
 changes nothing outside of that; nothing is ever overwritten or destroyed, and only the owner of the server's process
@@ -28,6 +28,12 @@ addresses, networks and zones to identities, the longest prefix wins, and * stan
 
   -clients 10.0.0.0/24=lan-*,192.0.2.7=db7,fd00::/8=lab
 
+With -stdio there is one client, at the other end of stdin and stdout, whose name is given. That is for ssh: a line such as
+
+  restrict,command="replicate serve -stdio -stdio-identity laptop -sink zfs:tank/backups" ssh-ed25519 AAAA...
+
+in authorized_keys lets the owner of the key push, and do nothing else.
+
 An interrupt or SIGTERM stops taking in new work and waits for what runs; a second one ends the process at once. What
 breaks off is resumed by the next push.
 ` + aboutStores,
@@ -37,7 +43,8 @@ breaks off is resumed by the next push.
 // serveFlags are the flags of serve.
 type serveFlags struct {
 	listen, sink, source, tls, name, allow, clients string
-	json, verbose                                   bool
+	stdioIdentity                                   string
+	stdio, json, verbose                            bool
 }
 
 func (f *serveFlags) add(flags *flag.FlagSet) {
@@ -48,14 +55,20 @@ func (f *serveFlags) add(flags *flag.FlagSet) {
 	flags.StringVar(&f.name, "name", defaultServer, "the `NAME` of the server's certificate")
 	flags.StringVar(&f.allow, "allow", "", "the clients' `NAMES` that may connect, with commas between them (default: all that the CA made a certificate for)")
 	flags.StringVar(&f.clients, "clients", "", "plain TCP: a `MAP` from addresses to identities")
+	flags.BoolVar(&f.stdio, "stdio", false, "serve the one client at the other end of stdin and stdout, then end")
+	flags.StringVar(&f.stdioIdentity, "stdio-identity", "", "the `NAME` of that client, who is whoever may run this command")
 	flags.BoolVar(&f.json, "json", false, "log as JSON")
 	flags.BoolVar(&f.verbose, "v", false, "log every call too")
 }
 
 func (f *serveFlags) check() error {
 	switch {
+	case f.stdio:
+		return f.checkStdio()
+	case f.stdioIdentity != "":
+		return usagef("-stdio-identity %q is for -stdio", f.stdioIdentity)
 	case f.listen == "":
-		return usagef("-listen is missing")
+		return usagef("-listen is missing (or -stdio)")
 	case f.sink == "" && f.source == "":
 		return usagef("-sink or -source is missing")
 	case f.tls == "" && f.clients == "":
@@ -68,10 +81,28 @@ func (f *serveFlags) check() error {
 	return nil
 }
 
+func (f *serveFlags) checkStdio() error {
+	for name, value := range map[string]string{"listen": f.listen, "tls": f.tls, "allow": f.allow, "clients": f.clients} {
+		if value != "" {
+			return usagef("-stdio and -%s %q exclude each other", name, value)
+		}
+	}
+	if f.sink == "" && f.source == "" {
+		return usagef("-sink or -source is missing")
+	}
+	if err := checkCertName(f.stdioIdentity); err != nil {
+		return usagef("-stdio-identity: %v", err)
+	}
+	return nil
+}
+
 func (f *serveFlags) logger(w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: slog.LevelInfo}
-	if f.verbose {
+	switch {
+	case f.verbose:
 		options.Level = slog.LevelDebug
+	case f.stdio: // it goes to whoever runs the client
+		options.Level = slog.LevelWarn
 	}
 	if f.json {
 		return slog.New(slog.NewJSONHandler(w, options))
@@ -103,6 +134,9 @@ func runServe(ctx context.Context, o output, flags *flag.FlagSet, args []string)
 }
 
 func (f *serveFlags) listener() (*rpc.Listener, error) {
+	if f.stdio {
+		return listenStdio(f.stdioIdentity)
+	}
 	if _, _, err := net.SplitHostPort(f.listen); err != nil {
 		return nil, usagef("-listen %q: %v; it is [HOST]:PORT", f.listen, err)
 	}
@@ -179,7 +213,7 @@ func serve(ctx context.Context, service *service, listener *rpc.Listener) error 
 		<-stopped
 	}
 	server.Close()
-	if errors.Is(err, rpc.ErrClosed) {
+	if errors.Is(err, rpc.ErrClosed) || errors.Is(err, net.ErrClosed) { // the latter when the client of -stdio is gone
 		stats := server.Stats()
 		service.log.Info("stopped", "connections", stats.Conns, "refused", stats.HandshakesRefused, "calls", stats.Calls,
 			"streams", stats.Streams, "failed_streams", stats.StreamsFailed, "bytes_in", stats.BytesRead, "bytes_out", stats.BytesWritten)

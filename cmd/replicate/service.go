@@ -126,6 +126,14 @@ func (s *service) SendCompleted(ctx context.Context, req *rpc.SendCompletedReq) 
 	return source.SendCompleted(ctx, req)
 }
 
+func (s *service) ReplicationCursor(ctx context.Context, req *rpc.ReplicationCursorReq) (*rpc.ReplicationCursorRes, error) {
+	source, err := s.readable()
+	if err != nil {
+		return nil, err
+	}
+	return source.ReplicationCursor(ctx, req)
+}
+
 func (s *service) Send(ctx context.Context, req *rpc.SendReq) (*rpc.SendRes, io.ReadCloser, error) {
 	source, err := s.readable()
 	if err != nil {

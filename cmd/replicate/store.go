@@ -20,6 +20,8 @@ type Store interface {
 	// Sub is the part of the store below the folder of that name, made if need be: nothing above it can be reached
 	// through it. The caller closes it.
 	Sub(name string) (Store, error)
+	// Lineage says how the versions of one filesystem depend on each other.
+	Lineage() lineage
 	// ParseResumeToken says what a token goes on with. Any store of a kind can read the tokens of all of that kind.
 	ParseResumeToken(token string) (ResumePoint, error)
 	// Close frees what the store holds open. Streams and transfers that run are not ended by it.
@@ -30,14 +32,34 @@ type Store interface {
 type ResumePoint struct {
 	Name   string // of the version
 	GUID   uint64 // of the version
+	From   uint64 // GUID of the version that the increment is from; 0: the version is sent whole
 	Offset uint64 // bytes that need not be sent again
 }
 
+// lineage is how the versions of one filesystem depend on each other.
+type lineage int
+
+const (
+	independent lineage = 0 // each is sent whole
+	chained     lineage = 1 // an increment from any version that both sides have
+	linear      lineage = 2 // an increment only from the newest version that the sink has
+)
+
 const aboutStores = `
-A STORE is dir:PATH, a folder that must exist. Every folder below it that has files in it is a filesystem, named by
+A STORE is one of these; replication is between two of a kind.
+
+dir:PATH is a folder that must exist. Every folder below it that has files in it is a filesystem, named by
 its path (the store's own folder is "."), and every file a version of it, which must never change again. Write files
 under a name that begins with a dot and rename them when they are complete: such names, symbolic links and anything
 that is not a regular file are left out. Two versions are the same if name, size and modification time are.
+
+zfs:POOL/DATASET is a dataset that must exist: the filesystems and volumes below it (itself is "."), their snapshots and
+bookmarks. The first snapshot is sent whole, then increments; the last one that was sent leaves a bookmark, and snapshots
+are held while they are sent. Encrypted ones are sent raw. What is received is read-only and not mounted.
+
+btrfs:PATH is a folder that must exist, on btrfs. A filesystem is a subvolume PATH/FILESYSTEM, its versions are the
+read-only snapshots of it in the folder .snapshots beside it: PATH/home has them in PATH/.snapshots/home/, PATH/a/b in
+PATH/a/.snapshots/b/. A folder inside of which none are is not looked into. What breaks off begins anew.
 `
 
 // openStore opens what the user calls a STORE.
@@ -46,14 +68,35 @@ func openStore(name string, log *slog.Logger) (Store, error) {
 	switch {
 	case name == "":
 		return nil, usagef("no STORE is given, such as dir:/var/backups")
-	case !found || kind != "dir":
-		return nil, usagef("store %q: only dir:PATH is known", name)
+	case !found:
+		return nil, usagef("store %q: it is dir:PATH, zfs:POOL/DATASET or btrfs:PATH", name)
 	case path == "":
 		return nil, usagef("store %q has no path", name)
 	}
-	store, err := openDirStore(path, log)
+	switch kind {
+	case "dir":
+		return opened(openDirStore(path, log))
+	case "zfs":
+		return opened(openZFSStore(path, log))
+	case "btrfs":
+		return opened(openBtrfsStore(path, log))
+	}
+	return nil, usagef("store %q: only dir:PATH, zfs:POOL/DATASET and btrfs:PATH are known", name)
+}
+
+// opened makes a Store of a store of some kind: a nil pointer would be a Store.
+func opened[S Store](store S, err error) (Store, error) {
 	if err != nil {
-		return nil, err // not store: a nil *dirStore would be a Store
+		return nil, err
 	}
 	return store, nil
+}
+
+// parseToken reads a resume token of any kind of store.
+func parseToken(token string) (ResumePoint, error) {
+	if point, err := parseDirToken(token); err == nil {
+		return point, nil
+	}
+	t, err := parseZFSToken(token)
+	return t.point(), err
 }

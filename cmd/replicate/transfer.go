@@ -52,44 +52,62 @@ func runPull(ctx context.Context, o output, flags *flag.FlagSet, args []string) 
 	})
 }
 
+// transferFlags are the flags of push and pull.
+type transferFlags struct {
+	peer        peerFlags
+	store       string
+	jobs, retry int
+	dry, json   bool
+}
+
+func (f *transferFlags) add(flags *flag.FlagSet) {
+	f.peer.add(flags)
+	flags.StringVar(&f.store, "store", "", "the `STORE` on this side")
+	flags.IntVar(&f.jobs, "jobs", 2, "`N` filesystems at a time")
+	flags.IntVar(&f.retry, "retry", 3, "try again up to `N` times after a lost connection; getting further in between starts the count anew")
+	flags.BoolVar(&f.dry, "n", false, "only show what would be transferred")
+	flags.BoolVar(&f.json, "json", false, "results and progress as JSON, an object a line")
+}
+
+func (f *transferFlags) check() error {
+	switch {
+	case f.jobs < 1 || f.jobs > maxJobs:
+		return usagef("-jobs %d: 1 to %d", f.jobs, maxJobs)
+	case f.retry < 0:
+		return usagef("-retry %d: 0 or more", f.retry)
+	}
+	return nil
+}
+
 // transferCommand is push and pull; connect says which side is which.
 func transferCommand(ctx context.Context, o output, flags *flag.FlagSet, args []string,
 	connect func(r *replication, store Store, peer *rpc.Client)) error {
-	var peer peerFlags
-	peer.add(flags)
-	storeName := flags.String("store", "", "the `STORE` on this side")
-	jobs := flags.Int("jobs", 2, "`N` filesystems at a time")
-	retry := flags.Int("retry", 3, "try again up to `N` times after a lost connection; getting further in between starts the count anew")
-	dry := flags.Bool("n", false, "only show what would be transferred")
-	asJSON := flags.Bool("json", false, "results and progress as JSON, an object a line")
+	var f transferFlags
+	f.add(flags)
 	if err := parse(flags, args); err != nil {
 		return err
 	}
-	switch {
-	case *jobs < 1 || *jobs > maxJobs:
-		return usagef("-jobs %d: 1 to %d", *jobs, maxJobs)
-	case *retry < 0:
-		return usagef("-retry %d: 0 or more", *retry)
-	}
-	if err := checkSelection(flags.Args()); err != nil {
+	if err := cmp.Or(f.check(), checkSelection(flags.Args())); err != nil {
 		return err
 	}
-	report := newReporter(o, *asJSON)
+	report := newReporter(o, f.json)
 	defer report.close()
-	store, err := openStore(*storeName, warnings(report))
+	store, err := openStore(f.store, warnings(report))
 	if err != nil {
 		return err
 	}
 	defer store.Close()
-	client, err := peer.client(rpc.ClientConfig{MaxIdleDataConns: *jobs}) // its errors come back: it has nothing to log
+	client, err := f.peer.client(rpc.ClientConfig{MaxIdleDataConns: f.jobs}) // its errors come back: it has nothing to log
 	if err != nil {
 		return err
 	}
+	defer f.peer.wait()
 	defer client.Close()
-	r := &replication{parse: store.ParseResumeToken, jobs: *jobs, retry: retries{max: *retry, first: firstBackoff},
-		reconnect: client.ResetConnectBackoff, report: report}
+	r := &replication{lineage: store.Lineage(), parse: store.ParseResumeToken, jobs: f.jobs,
+		retry: retries{max: f.retry, first: firstBackoff}, reconnect: client.ResetConnectBackoff, report: report}
 	connect(r, store, client)
-	if *dry {
+	ctx = withReceiver(ctx, f.peer.addr)
+	if f.dry {
 		return r.show(ctx, flags.Args())
 	}
 	return r.run(ctx, flags.Args())
@@ -127,6 +145,7 @@ func checkSelection(filesystems []string) error {
 // replication brings what the source has to the sink. Either may be a store here or a peer.
 type replication struct {
 	source, sink rpc.Handler
+	lineage      lineage // of both
 	parse        func(token string) (ResumePoint, error)
 	jobs         int
 	retry        retries // what each filesystem starts with
@@ -140,7 +159,7 @@ func (r *replication) run(ctx context.Context, selected []string) error {
 	if err != nil {
 		return err
 	}
-	r.each(len(found.names), func(i int) {
+	r.eachAfterParent(found.names, func(i int) {
 		if ctx.Err() != nil {
 			return
 		}
@@ -182,7 +201,7 @@ func (r *replication) listOnce(ctx context.Context) (listing, error) {
 	}
 	found := listing{tokens: tokens}
 	for _, f := range source.Filesystems {
-		if !f.IsPlaceholder {
+		if !f.IsPlaceholder && !slices.Contains(found.names, f.Path) {
 			found.names = append(found.names, f.Path)
 		}
 	}
@@ -235,6 +254,45 @@ func (r *replication) each(n int, f func(i int)) {
 	}
 	close(next)
 	running.Wait()
+}
+
+// eachAfterParent calls f with 0 to len(names)-1, jobs of them at a time, and with a filesystem only when f has returned for
+// those above it: a sink may not be able to put one around another later. That a parent failed is no hindrance.
+func (r *replication) eachAfterParent(names []string, f func(i int)) {
+	done := make(map[string]chan struct{}, len(names))
+	for _, name := range names {
+		done[name] = make(chan struct{})
+	}
+	free := make(chan struct{}, r.jobs)
+	var running sync.WaitGroup
+	for i, name := range names {
+		running.Go(func() { // ends after its parents' and f; waited for below
+			defer close(done[name])
+			for _, parent := range parents(name) {
+				if finished, listed := done[parent]; listed {
+					<-finished
+				}
+			}
+			free <- struct{}{}
+			defer func() { <-free }()
+			f(i)
+		})
+	}
+	running.Wait()
+}
+
+// parents are the paths above the filesystem's.
+func parents(name string) []string {
+	if name == storeItself {
+		return nil
+	}
+	above := []string{storeItself}
+	for i, r := range name {
+		if r == '/' {
+			above = append(above, name[:i])
+		}
+	}
+	return above
 }
 
 // filesystem replicates one filesystem and goes on after lost connections, from a new plan each time: what the other
@@ -297,7 +355,10 @@ func (r *replication) plan(ctx context.Context, name string, tokens map[string]s
 		}
 		have = sinkState{versions: res.Versions, token: token}
 	}
-	return makePlan(name, source.Versions, have, r.parse), nil
+	if r.lineage == independent {
+		return makePlan(name, source.Versions, have, r.parse), nil
+	}
+	return makeChain(name, source.Versions, have, r.lineage, r.parse), nil
 }
 
 func (r *replication) steps(ctx context.Context, p plan, again *retries) error {
@@ -329,7 +390,8 @@ func (r *replication) step(ctx context.Context, filesystem string, s step) error
 		s.offset = 0
 	}
 	t := r.report.start(filesystem, s, res.ExpectedSize)
-	_, err = r.sink.Receive(ctx, &rpc.ReceiveReq{Filesystem: filesystem, To: &s.to, ClearResumeToken: s.clear},
+	unused := s.token != "" && !res.UsedResumeToken // the source cannot go on: the sink would wait for the rest
+	_, err = r.sink.Receive(ctx, &rpc.ReceiveReq{Filesystem: filesystem, To: &s.to, ClearResumeToken: s.clear || unused},
 		&countedStream{stream, t})
 	r.report.finish(t, err)
 	if err != nil {
