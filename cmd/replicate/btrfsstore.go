@@ -154,7 +154,7 @@ func (s *btrfsStore) folder(filesystem string, missing missing) (*os.Root, error
 	return folder, nil
 }
 
-// ListFilesystems looks into the store's folder and, below it, into folders that have a folder for snapshots.
+// ListFilesystems looks into the store's folder and, below it, into subvolumes and folders that have snapshots.
 func (s *btrfsStore) ListFilesystems(ctx context.Context, _ *rpc.ListFilesystemReq) (*rpc.ListFilesystemRes, error) {
 	res := new(rpc.ListFilesystemRes)
 	if err := s.walk(ctx, s.root, "", res); err != nil {
@@ -180,7 +180,7 @@ func (s *btrfsStore) walk(ctx context.Context, folder *os.Root, prefix string, r
 		return err
 	}
 	for _, name := range names {
-		if info, err := folder.Lstat(path.Join(name, btrfsSnapshots)); err != nil || !info.IsDir() || checkBtrfsName(name) != nil {
+		if checkBtrfsName(name) != nil || !leadsOn(folder, name) {
 			continue
 		}
 		next, err := openFolder(folder, name, mustExist)
@@ -193,6 +193,16 @@ func (s *btrfsStore) walk(ctx context.Context, folder *os.Root, prefix string, r
 		}
 	}
 	return nil
+}
+
+// leadsOn tells whether there may be filesystems below a folder: only subvolumes and those that have snapshots are looked
+// into, because a folder of files may be as large as it likes.
+func leadsOn(folder *os.Root, name string) bool {
+	if info, err := folder.Lstat(name); err == nil && isSubvolume(info) {
+		return true
+	}
+	info, err := folder.Lstat(path.Join(name, btrfsSnapshots))
+	return err == nil && info.IsDir()
 }
 
 // folders are the names of the folders that are not hidden.

@@ -167,6 +167,14 @@ type relay struct {
 	left  int
 	cuts  int // how often it is still to be done
 	conns []net.Conn
+	trip  func() // what is done instead of cutting; nil: nothing
+}
+
+// setTrip makes the relay do something else than cutting.
+func (r *relay) setTrip(trip func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.trip = trip
 }
 
 func startRelay(t testing.TB, server string, cuts, after int) *relay {
@@ -230,7 +238,11 @@ func (r *relay) copy(to, from net.Conn, after int) {
 		r.mu.Lock()
 		if r.left -= n; r.left < 0 && r.cuts > 0 {
 			r.cuts, r.left = r.cuts-1, after
-			r.cut()
+			if r.trip != nil {
+				r.trip()
+			} else {
+				r.cut()
+			}
 		}
 		r.mu.Unlock()
 	}

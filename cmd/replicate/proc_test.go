@@ -1,0 +1,40 @@
+//go:build linux
+
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// openFiles is how many descriptors this process has.
+func openFiles(t testing.TB) int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(entries)
+}
+
+// children are the children of this process, zombies among them, without the daemon of the tests.
+func children(t testing.TB) []string {
+	t.Helper()
+	stats, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil || len(stats) == 0 {
+		t.Fatal("there is no list of processes: ", err)
+	}
+	var found []string
+	for _, file := range stats {
+		stat, _ := os.ReadFile(file) // it may have ended
+		_, name, _ := strings.Cut(string(stat), "(")
+		name, rest, _ := strings.Cut(name, ") ")
+		if fields := strings.Fields(rest); len(fields) > 1 && fields[1] == strconv.Itoa(os.Getpid()) && name != "zfs-fuse" {
+			found = append(found, name+" "+fields[0])
+		}
+	}
+	return found
+}
