@@ -78,26 +78,31 @@ const (
 	nvString = 9
 )
 
-// parseNVList reads an nvlist in its XDR form: four bytes about the encoding, version and flags, then pairs, each of which
-// begins with its own length, and at the end a length of 0. Values that are neither a number nor a string are left out.
+// parseNVList reads an nvlist in the native form of the host that packed it: a byte for the form, one for the byte order, two
+// of nothing, version and flags, then pairs, each of which begins with its length, and at the end a length of 0. Values that
+// are neither a number nor a string are left out.
 func parseNVList(packed []byte) (map[string]any, error) {
-	const header, xdr = 12, 1
-	if len(packed) < header || packed[0] != xdr {
-		return nil, errors.New("it is not an XDR list")
+	const header, native = 12, 0
+	if len(packed) < header || packed[0] != native {
+		return nil, errors.New("it is not a native list")
+	}
+	var order binary.ByteOrder = binary.BigEndian
+	if packed[1] != 0 {
+		order = binary.LittleEndian
 	}
 	values := make(map[string]any)
 	for rest := packed[header:]; ; {
-		if len(rest) < 8 {
+		if len(rest) < 4 {
 			return nil, io.ErrUnexpectedEOF
 		}
-		length := binary.BigEndian.Uint32(rest)
+		length := order.Uint32(rest)
 		if length == 0 {
 			return values, nil
 		}
-		if length < 8 || uint64(length) > uint64(len(rest)) {
+		if uint64(length) > uint64(len(rest)) {
 			return nil, io.ErrUnexpectedEOF
 		}
-		name, value, err := parseNVPair(rest[8:length])
+		name, value, err := parseNVPair(order, rest[:length])
 		if err != nil {
 			return nil, err
 		}
@@ -108,38 +113,29 @@ func parseNVList(packed []byte) (map[string]any, error) {
 	}
 }
 
-func parseNVPair(b []byte) (name string, value any, err error) {
-	name, b, err = xdrString(b)
-	if err != nil {
-		return "", nil, err
-	}
-	if len(b) < 8 {
+// parseNVPair reads a pair: its length u32, that of the name with its NUL u16, u16 of nothing, number of values u32 and type
+// u32, then name and value, each padded to a multiple of eight.
+func parseNVPair(order binary.ByteOrder, b []byte) (name string, value any, err error) {
+	const header = 16
+	if len(b) < header {
 		return "", nil, io.ErrUnexpectedEOF
 	}
-	kind, b := binary.BigEndian.Uint32(b), b[8:] // what is left out is the number of values, 1
-	switch kind {
-	case nvUint64:
-		if len(b) < 8 {
-			return "", nil, io.ErrUnexpectedEOF
-		}
-		value = binary.BigEndian.Uint64(b)
-	case nvString:
-		value, _, err = xdrString(b)
-	}
-	return name, value, err
-}
-
-// xdrString reads a length and so many bytes, padded to a multiple of four.
-func xdrString(b []byte) (s string, rest []byte, err error) {
-	if len(b) < 4 {
+	end := header + int(order.Uint16(b[4:]))
+	valueAt := (end + 7) &^ 7
+	if end == header || valueAt > len(b) {
 		return "", nil, io.ErrUnexpectedEOF
 	}
-	n := uint64(binary.BigEndian.Uint32(b))
-	padded := (n + 3) &^ 3
-	if padded > uint64(len(b)-4) {
+	kind, name, b := order.Uint32(b[12:]), string(b[header:end-1]), b[valueAt:]
+	switch {
+	case kind == nvUint64 && len(b) < 8:
 		return "", nil, io.ErrUnexpectedEOF
+	case kind == nvUint64:
+		value = order.Uint64(b)
+	case kind == nvString:
+		text, _, _ := strings.Cut(string(b), "\x00")
+		value = text
 	}
-	return string(b[4 : 4+n]), b[4+padded:], nil
+	return name, value, nil
 }
 
 func (t zfsToken) point() ResumePoint {
