@@ -182,8 +182,11 @@ type sshError struct{ failed error }
 
 func (e *sshError) Error() string { return e.failed.Error() }
 
-// Unwrap makes it a lost connection, to all who ask.
-func (e *sshError) Unwrap() []error { return []error{io.ErrUnexpectedEOF, e.failed} }
+func (e *sshError) Unwrap() error { return e.failed }
+
+// Timeout and Temporary make it a net.Error: a connection that is lost, with a reason of its own.
+func (e *sshError) Timeout() bool   { return false }
+func (e *sshError) Temporary() bool { return false }
 
 // hopeless tells whether to try again would be in vain: not let in, not the host that it was, or no such program there.
 func (e *sshError) hopeless() bool {
