@@ -35,8 +35,29 @@ func TestMain(m *testing.M) {
 		os.Exit(0)
 	}
 	status := m.Run()
-	stopZFSFuse()
+	for _, end := range atEnd {
+		end()
+	}
 	os.Exit(status)
+}
+
+// atEnd is what is done after all tests.
+var atEnd []func()
+
+// Some tests need root, tools and real file systems, and are skipped without. Where they are known to be there, as in .ci/run
+// after it installed them, a test that would be skipped fails.
+const (
+	mustNotSkip = "REPLICATE_TEST_ALL"
+	noReal      = "REPLICATE_TEST_REAL" // "no" leaves those on real file systems out, which take a minute
+)
+
+// skip skips a test, unless nothing may be skipped.
+func skip(t testing.TB, format string, args ...any) {
+	t.Helper()
+	if os.Getenv(mustNotSkip) != "" && os.Getenv(noReal) != "no" {
+		t.Fatalf("it may not be skipped, but "+format, args...)
+	}
+	t.Skipf("SKIPPED: "+format, args...)
 }
 
 // asProgram is the test binary as another program.

@@ -1,5 +1,5 @@
-// Command replicate copies immutable snapshot files (database dumps, disk images, backup archives) between hosts, over
-// mutual TLS, and goes on where a broken transfer stopped.
+// Command replicate copies snapshots (of ZFS, of btrfs, or immutable files such as database dumps) between hosts, over
+// mutual TLS or ssh, and goes on where a broken transfer stopped.
 //
 // It is also the tour of package rpc: the passive side is in serve.go and service.go, the active side in peer.go and
 // transfer.go. What both of them work on is a [Store], and that is an rpc.Handler; an *rpc.Client has the methods of one
@@ -123,7 +123,7 @@ func noArguments(flags *flag.FlagSet) error {
 }
 
 func overview(w io.Writer) {
-	fmt.Fprint(w, "replicate copies immutable snapshot files between hosts and resumes what breaks off.\n\n")
+	fmt.Fprint(w, "replicate copies snapshots of ZFS, of btrfs, or as files, between hosts, and resumes what breaks off.\n\n")
 	for _, c := range commands() {
 		fmt.Fprintf(w, "  replicate %-6s %s\n", c.name, c.brief)
 	}

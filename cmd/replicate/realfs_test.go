@@ -23,23 +23,12 @@ import (
 )
 
 // The tests of the zfs: and btrfs: stores work on real file systems in image files: btrfs of the kernel on a loop device, and
-// zfs-fuse. They need root, and are skipped without it or without the tools; where mustNotSkip says that nothing may be, as
-// .ci/run does after it installed them, that is a failure.
-const mustNotSkip = "REPLICATE_TEST_ALL"
-
-// skip skips a test, unless nothing may be skipped.
-func skip(t testing.TB, format string, args ...any) {
-	t.Helper()
-	if os.Getenv(mustNotSkip) != "" {
-		t.Fatalf("it may not be skipped, but "+format, args...)
-	}
-	t.Skipf("SKIPPED: "+format, args...)
-}
+// zfs-fuse. They need root and the tools of both, and are skipped without.
 
 func needRootAnd(t testing.TB, programs ...string) {
 	t.Helper()
-	if testing.Short() {
-		skip(t, "-short leaves out what is done on real file systems")
+	if testing.Short() || os.Getenv(noReal) == "no" {
+		skip(t, "real file systems are left out")
 	}
 	if os.Geteuid() != 0 {
 		skip(t, "file systems are made and mounted by root only")
@@ -194,7 +183,6 @@ func (v *btrfsVolume) halfDone(t testing.TB) []string {
 // zfsFuse is the daemon, which is one for the machine: the first test that needs it starts it, and TestMain ends it.
 var zfsFuse struct {
 	once  sync.Once
-	cmd   *exec.Cmd
 	log   tail
 	ready bool
 }
@@ -216,18 +204,14 @@ func startZFSFuse(t testing.TB) {
 		if err := cmd.Start(); err != nil {
 			return
 		}
-		zfsFuse.cmd = cmd
+		atEnd = append(atEnd, func() {
+			cmd.Process.Signal(syscall.SIGTERM)
+			cmd.Wait()
+		})
 		waitFor(t, "zfs-fuse to answer", func() bool { zfsFuse.ready = answers(); return zfsFuse.ready })
 	})
 	if !zfsFuse.ready {
 		t.Fatalf("zfs-fuse does not answer: %s", &zfsFuse.log)
-	}
-}
-
-func stopZFSFuse() {
-	if zfsFuse.cmd != nil {
-		zfsFuse.cmd.Process.Signal(syscall.SIGTERM)
-		zfsFuse.cmd.Wait()
 	}
 }
 

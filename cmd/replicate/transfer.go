@@ -15,9 +15,11 @@ import (
 )
 
 const aboutTransfer = `
-It lists both sides, sends what is missing, oldest first, and first of all what broke off before. A version that is
-there under the same name but is not the same is a conflict: it fails, and nothing is overwritten. What the source no
-longer has stays at the other side. A filesystem that fails does not stop the others. FILESYSTEMs are named as list
+It lists both sides, sends what is missing, oldest first, and first of all what broke off before. Snapshots of ZFS and
+btrfs are sent as increments from the newest one that both sides have; if the other side has newer ones of its own, or
+none in common, it has diverged: that fails, and names both sides' versions. A version that is there under the same name
+but is not the same is a conflict: it fails too. Nothing is ever overwritten or destroyed, and what the source no longer
+has stays at the other side. Filesystems come after those above them. A filesystem that fails does not stop the others. FILESYSTEMs are named as list
 shows them; none means all.
 
 On a terminal every transfer has a line with bytes, percent, rate and time left, otherwise there is one every ten
