@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"strings"
+	"time"
 
 	"example.org/rpc"
 )
@@ -159,21 +160,11 @@ func (s *btrfsStore) Receive(ctx context.Context, req *rpc.ReceiveReq, r io.Read
 	if err != nil {
 		return nil, rpc.Errorf(rpc.InvalidArgument, "%v", err)
 	}
-	release, ok := s.busy.acquire(s.prefix + req.Filesystem)
-	if !ok {
-		return nil, rpc.Errorf(rpc.Aborted, "filesystem %q is being received by another transfer", req.Filesystem)
+	folder, release, err := openLocked(s.busy, s.prefix, req.Filesystem, s.folder)
+	if err != nil {
+		return nil, err
 	}
 	defer release()
-	folder, err := s.folder(req.Filesystem, makeMissing)
-	if err != nil {
-		return nil, err
-	}
-	defer folder.Close()
-	unlock, err := lockFolder(folder)
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
 	if err := s.dropArriving(ctx, folder, req.Filesystem); err != nil {
 		return nil, err
 	}
@@ -274,10 +265,27 @@ func (s *btrfsStore) dropArriving(ctx context.Context, folder *os.Root, filesyst
 			if _, err := runTool(ctx, s.btrfs, "subvolume", "delete", s.argument(filesystem, version)); err != nil {
 				return fmt.Errorf("delete what arrived only in part: %w", err)
 			}
+			s.awaitSpace(ctx, filesystem)
 		}
 		if err := folder.Remove(entry.Name()); err != nil {
 			return withoutPath(err)
 		}
 	}
 	return nil
+}
+
+// spacePatience is how long the space of what was deleted is waited for: btrfs gives it back some time later.
+const spacePatience = 20 * time.Second
+
+// awaitSpace lets what is received next have the space of what was deleted. If that takes long, the next goes without.
+func (s *btrfsStore) awaitSpace(ctx context.Context, filesystem string) {
+	ctx, cancel := context.WithTimeout(ctx, spacePatience)
+	defer cancel()
+	_, err := runTool(ctx, s.btrfs, "filesystem", "sync", s.argument(filesystem, "")) // this makes the kernel begin
+	if err == nil {
+		_, err = runTool(ctx, s.btrfs, "subvolume", "sync", s.argument(filesystem, ""))
+	}
+	if err != nil {
+		s.log.Warn("the space of what arrived only in part is not free yet", "filesystem", s.prefix+filesystem, "error", err)
+	}
 }

@@ -63,7 +63,7 @@ func skip(t testing.TB, format string, args ...any) {
 // asProgram is the test binary as another program.
 func asProgram(name string, args ...string) *exec.Cmd {
 	cmd := exec.Command(os.Args[0], args...)
-	cmd.Env = append(os.Environ(), asMain+"="+name)
+	cmd.Env = append(os.Environ(), asMain+"="+name, "GORACE="+raceQuickly)
 	return cmd
 }
 
@@ -120,7 +120,13 @@ func readerMain(args []string) {
 }
 
 // become makes the children that are started in this test the program of that name.
-func become(t *testing.T, name string) { t.Setenv(asMain, name) }
+func become(t *testing.T, name string) {
+	t.Setenv(asMain, name)
+	t.Setenv("GORACE", raceQuickly)
+}
+
+// raceQuickly lets a program with the race detector end at once, not after a second in which races could still be found.
+const raceQuickly = "atexit_sleep_ms=0"
 
 func sameError(err error) error { return err }
 

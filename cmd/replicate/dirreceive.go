@@ -73,21 +73,11 @@ func (s *dirStore) Receive(_ context.Context, req *rpc.ReceiveReq, r io.Reader) 
 	if err := checkReceive(req); err != nil {
 		return nil, rpc.Errorf(rpc.InvalidArgument, "%v", err)
 	}
-	release, ok := s.busy.acquire(s.prefix + req.Filesystem)
-	if !ok {
-		return nil, rpc.Errorf(rpc.Aborted, "filesystem %q is being received by another transfer", req.Filesystem)
+	folder, release, err := openLocked(s.busy, s.prefix, req.Filesystem, s.folder)
+	if err != nil {
+		return nil, err
 	}
 	defer release()
-	folder, err := s.folder(req.Filesystem, makeMissing)
-	if err != nil {
-		return nil, err
-	}
-	defer folder.Close()
-	unlock, err := lockFolder(folder)
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
 	if req.ClearResumeToken {
 		if err := dropPartials(folder); err != nil {
 			return nil, err
@@ -97,6 +87,27 @@ func (s *dirStore) Receive(_ context.Context, req *rpc.ReceiveReq, r io.Reader) 
 		return nil, err
 	}
 	return new(rpc.ReceiveRes), nil
+}
+
+// openLocked opens the folder of a filesystem, made if need be, and keeps other transfers out of it until release is called:
+// those of this process and of others. release closes the folder too.
+func openLocked(busy *busyPaths, prefix, filesystem string, open func(string, missing) (*os.Root, error)) (folder *os.Root, release func(), err error) {
+	free, ok := busy.acquire(prefix + filesystem)
+	if !ok {
+		return nil, nil, rpc.Errorf(rpc.Aborted, "filesystem %q is being received by another transfer", filesystem)
+	}
+	folder, err = open(filesystem, makeMissing)
+	if err != nil {
+		free()
+		return nil, nil, err
+	}
+	unlock, err := lockFolder(folder)
+	if err != nil {
+		folder.Close()
+		free()
+		return nil, nil, err
+	}
+	return folder, func() { unlock(); folder.Close(); free() }, nil
 }
 
 // also adds an error that came up while another was dealt with.

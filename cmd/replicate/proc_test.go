@@ -38,3 +38,18 @@ func children(t testing.TB) []string {
 	}
 	return found
 }
+
+// commandLines are those of all processes.
+func commandLines(t testing.TB) []string {
+	t.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil || len(files) == 0 {
+		t.Fatal("there is no list of processes: ", err)
+	}
+	var lines []string
+	for _, file := range files {
+		line, _ := os.ReadFile(file) // it may have ended
+		lines = append(lines, strings.ReplaceAll(string(line), "\x00", " "))
+	}
+	return lines
+}

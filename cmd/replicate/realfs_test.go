@@ -63,6 +63,7 @@ type volume interface {
 	live(filesystem string) string
 	snapshot(t testing.TB, filesystem, name string)
 	destroy(t testing.TB, filesystem, name string)
+	tryDestroy(filesystem, name string) error
 	// reader mounts a version that is below the folder of the client in the store, or with "" in the store.
 	open(t testing.TB, client, filesystem, version string, read func(dir string))
 	// halfDone names what is there that is neither a version nor anything else that has a name.
@@ -151,6 +152,10 @@ func (v *btrfsVolume) snapshot(t testing.TB, filesystem, name string) {
 func (v *btrfsVolume) destroy(t testing.TB, filesystem, name string) {
 	t.Helper()
 	tool(t, "btrfs", "subvolume", "delete", filepath.Join(v.live(versionsPath(filesystem)), name))
+}
+
+func (v *btrfsVolume) tryDestroy(filesystem, name string) error {
+	return exec.Command("btrfs", "subvolume", "delete", filepath.Join(v.live(versionsPath(filesystem)), name)).Run()
 }
 
 func (v *btrfsVolume) open(t testing.TB, client, filesystem, version string, read func(dir string)) {
@@ -263,6 +268,10 @@ func (v *zfsVolume) snapshot(t testing.TB, filesystem, name string) {
 func (v *zfsVolume) destroy(t testing.TB, filesystem, name string) {
 	t.Helper()
 	tool(t, "zfs", "destroy", v.dataset(filesystem)+"@"+name)
+}
+
+func (v *zfsVolume) tryDestroy(filesystem, name string) error {
+	return exec.Command("zfs", "destroy", v.dataset(filesystem)+"@"+name).Run()
 }
 
 func (v *zfsVolume) open(t testing.TB, client, filesystem, version string, read func(dir string)) {
@@ -452,6 +461,9 @@ func TestRealFullAndTenIncrementsOfThreeFilesystemsAtATime(t *testing.T) {
 		if out := mustRun(t, r.push(server.addr)...); !strings.Contains(out, "nothing to do") {
 			t.Errorf("a third push says\n%s", out)
 		}
+		if n := strings.Count(server.log(), "does without"); strings.HasPrefix(r.sink.store(), "zfs:") && n != 1 {
+			t.Errorf("what zfs-fuse lacks is in the log %d times", n)
+		}
 		r.want.verify(t, r.source, r.sink, client)
 		if out := mustRun(t, "list", "-peer", server.addr, "-tls", r.tls, "-store", r.source.store()); strings.Count(out, " both\n") != 33 {
 			t.Errorf("list says\n%s", out)
@@ -578,6 +590,38 @@ func TestRealKill9OfTheClient(t *testing.T) {
 		if out := mustRun(t, r.push(server.addr)...); !strings.Contains(out, "transferred 1 version: ") {
 			t.Errorf("push says\n%s", out)
 		}
+		r.want.verify(t, r.source, r.sink, client)
+	})
+}
+
+func TestRealInterruptedPushStopsCleanly(t *testing.T) {
+	onEachKind(t, func(t *testing.T, newVolume volumeMaker) {
+		r := newReplicas(t, newVolume, 256)
+		r.source.create(t, "db")
+		r.add(t, "db", "one", 1024)
+		r.add(t, "db", "two", 64<<10)
+		server := r.serve(t)
+		relay := startRelay(t, server.addr, 1, 9<<20)
+		var pusher *process
+		ready := make(chan struct{})
+		relay.setTrip(func() { <-ready; pusher.Process.Signal(os.Interrupt) })
+		pusher = startProcess(t, r.push(relay.Addr().String())...)
+		close(ready)
+		pusher.Wait()
+		if pusher.ProcessState.ExitCode() != statusFailed || !strings.Contains(pusher.log.String(), "interrupted") {
+			t.Errorf("%v: %s", pusher.ProcessState, &pusher.log)
+		}
+		for _, command := range commandLines(t) {
+			if strings.Contains(command, " send ") && strings.Contains(command, strings.SplitN(r.source.store(), ":", 2)[1]) {
+				t.Errorf("still there: %s", command)
+			}
+		}
+		if found := r.source.halfDone(t); len(found) > 0 {
+			t.Errorf("half-done at the source: %q", found)
+		}
+		waitFor(t, "the server to give it up", func() bool { return strings.Contains(server.log(), "not received") })
+		r.want.verifyContentOf(t, r, "one")
+		mustRun(t, r.push(server.addr)...)
 		r.want.verify(t, r.source, r.sink, client)
 	})
 }
@@ -731,6 +775,9 @@ func TestRealStreamThatIsClosedInTheMiddleLeavesNoChildAndNoHold(t *testing.T) {
 			}
 			if _, err := io.ReadFull(stream, make([]byte, 1024)); err != nil {
 				t.Fatal(err)
+			}
+			if r.source.tryDestroy("db", "one") == nil {
+				t.Fatal("it can be destroyed while it is sent")
 			}
 			stream.Close()
 		}
