@@ -493,7 +493,7 @@ func (c *Client) readAnswer(r lineSource, label string) (promises, error) {
 	line, err := readLine(r)
 	var protocol *ProtocolError
 	switch {
-	case err == io.EOF, errors.Is(err, io.ErrUnexpectedEOF):
+	case err == io.EOF, err == io.ErrUnexpectedEOF: // and no other: one that wraps it says why
 		return promises{}, &lostError{what: "the server closed the connection without an answer; does it speak " +
 			protocolName + ", and both sides TLS or neither?", cause: io.ErrUnexpectedEOF}
 	case errors.As(err, &protocol):

@@ -8671,3 +8671,28 @@ func TestAStreamWhoseResultPanicsIsClosed(t *testing.T) {
 		t.Error("the stream was not closed")
 	}
 }
+
+// brokenConn is a connection whose Read fails.
+type brokenConn struct {
+	net.Conn
+	err error
+}
+
+func (c brokenConn) Read([]byte) (int, error) { return 0, c.err }
+
+func TestATransportSaysWhyItEnded(t *testing.T) {
+	why := fmt.Errorf("ssh: Permission denied (publickey): %w", io.ErrUnexpectedEOF)
+	c := rpc.NewClient(rpc.ConnecterFunc(func(context.Context) (net.Conn, error) {
+		end, other := net.Pipe()
+		go io.Copy(io.Discard, other) // ends with the connection
+		return brokenConn{end, why}, nil
+	}), rpc.ClientConfig{})
+	defer c.Close()
+	err := c.Call(t.Context(), "echo", nil, nil)
+	if err == nil || !strings.Contains(err.Error(), "Permission denied") || !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("the call's error is %v", err)
+	}
+	if rpc.CodeOf(err) != rpc.Unavailable {
+		t.Errorf("its code is %v", rpc.CodeOf(err))
+	}
+}
