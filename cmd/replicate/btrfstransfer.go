@@ -281,11 +281,13 @@ const spacePatience = 20 * time.Second
 func (s *btrfsStore) awaitSpace(ctx context.Context, filesystem string) {
 	ctx, cancel := context.WithTimeout(ctx, spacePatience)
 	defer cancel()
-	_, err := runTool(ctx, s.btrfs, "filesystem", "sync", s.argument(filesystem, "")) // this makes the kernel begin
-	if err == nil {
-		_, err = runTool(ctx, s.btrfs, "subvolume", "sync", s.argument(filesystem, ""))
-	}
-	if err != nil {
+	// The first makes the kernel begin, the second waits for it, and with the third what it freed can be used.
+	for _, what := range []string{"filesystem", "subvolume", "filesystem"} {
+		_, err := runTool(ctx, s.btrfs, what, "sync", s.argument(filesystem, ""))
+		if err == nil {
+			continue
+		}
 		s.log.Warn("the space of what arrived only in part is not free yet", "filesystem", s.prefix+filesystem, "error", err)
+		return
 	}
 }

@@ -653,6 +653,11 @@ func TestRealSinkOutOfSpace(t *testing.T) {
 			strings.Contains(stderr, "trying again") {
 			t.Errorf("status %d\n%s%s", status, out, stderr)
 		}
+		// btrfs may need another moment until it makes folders again where it was full.
+		waitFor(t, "the small one to be received", func() bool {
+			status, _, _ = runArgs(r.push(server.addr, "small")...)
+			return status == statusDone
+		})
 		r.want.verify(t, r.source, r.sink, client)
 		if got := guids(t, r.sink, client); len(got) != 1 {
 			t.Errorf("the sink has %v", got)
