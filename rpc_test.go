@@ -8696,3 +8696,23 @@ func TestATransportSaysWhyItEnded(t *testing.T) {
 		t.Errorf("its code is %v", rpc.CodeOf(err))
 	}
 }
+
+// The handshake has a goroutine of its own, but what is passed on of a panic there says where it was.
+func TestTransportTLSHandshakePanicKeepsItsStack(t *testing.T) {
+	ca := transportNewCA()
+	config := ca.serverConfig()
+	config.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) { return transportPanic() }
+	l := transportListenTLS(t, config)
+	clientSide, serverSide := transportTCPPair(t)
+	clientConfig := ca.clientConfig()
+	clientConfig.ServerName = "localhost"
+	go tls.Client(clientSide, clientConfig).Handshake() // ends with the test's connection
+	defer func() {
+		if text := fmt.Sprint(recover()); !strings.Contains(text, "out of order") || !strings.Contains(text, "transportPanic") {
+			t.Errorf("the panic's value does not say where it was: %s", text)
+		}
+	}()
+	l.Authenticate(context.Background(), serverSide)
+}
+
+func transportPanic() (*tls.Config, error) { panic("out of order") }

@@ -8,10 +8,12 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"net"
 	"os"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -358,15 +360,33 @@ func newTLSConn(role func(net.Conn, *tls.Config) *tls.Conn, plain net.Conn, conf
 // errNoHandshake is the error for a handshake whose goroutine has ended in a function of the config.
 var errNoHandshake = errors.New("a function of the config did not return")
 
+// handshakePanic is a panic that is passed on to another goroutine, whose stack does not show where it was.
+type handshakePanic struct {
+	value any
+	stack string
+}
+
+func (p *handshakePanic) Error() string { return fmt.Sprint(p.value) + "\n\n" + p.stack }
+
+// Unwrap returns the value if it is an error.
+func (p *handshakePanic) Unwrap() error {
+	err, _ := p.value.(error)
+	return err
+}
+
 // handshake does the handshake in a goroutine of its own: that needs a large stack, which the caller's would keep as long
 // as it goes on to read the connection. A panic in a function of the config is passed on.
 func (c *tlsConn) handshake(ctx context.Context) error {
 	err := errNoHandshake
-	var panicked any
+	var panicked *handshakePanic
 	done := make(chan struct{})
 	go func() { // ends with the handshake, which ctx ends; handshake waits for it
 		defer close(done)
-		defer func() { panicked = recover() }()
+		defer func() {
+			if p := recover(); p != nil {
+				panicked = &handshakePanic{p, strings.TrimSpace(string(debug.Stack()))}
+			}
+		}()
 		err = c.HandshakeContext(ctx)
 	}()
 	<-done
