@@ -552,7 +552,8 @@ func (r *recordConn) flush() error {
 func (r *recordConn) Write(p []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.over != nil && len(p) >= tlsRecord {
+	const applicationData = 23 // RFC 8446, 5.1
+	if r.over != nil && len(p) >= tlsRecord && p[0] == applicationData {
 		r.free += tlsRecord
 	}
 	if r.held+len(p) > r.free {
