@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"compress/zlib"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -473,6 +474,100 @@ func TestZFSFailuresHaveCodes(t *testing.T) {
 		}
 	}
 	if err := zfsError(nil); err != nil {
+		t.Error(err)
+	}
+}
+
+// nvPair is a pair of an nvlist as a little-endian host packs it.
+func nvPair(name string, kind uint32, value []byte) []byte {
+	pad := func(b []byte) []byte { return append(b, make([]byte, -len(b)&7)...) }
+	body := append(pad(append([]byte(name), 0)), pad(value)...)
+	b := binary.LittleEndian.AppendUint32(nil, uint32(16+len(body)))
+	b = binary.LittleEndian.AppendUint16(b, uint16(len(name)+1))
+	b = binary.LittleEndian.AppendUint16(b, 0)
+	b = binary.LittleEndian.AppendUint32(b, 1)
+	return append(binary.LittleEndian.AppendUint32(b, kind), body...)
+}
+
+// craftedToken is a token as anybody can write one: its checksum is no secret.
+func craftedToken(t *testing.T, pairs ...[]byte) string {
+	t.Helper()
+	var packed bytes.Buffer
+	w := zlib.NewWriter(&packed)
+	w.Write([]byte("\x00\x01\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00"))
+	for _, pair := range pairs {
+		w.Write(pair)
+	}
+	w.Write(make([]byte, 4))
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("1-0-0-%x", packed.Bytes())
+}
+
+func nvNumber(name string, n uint64) []byte {
+	return nvPair(name, nvUint64, binary.LittleEndian.AppendUint64(nil, n))
+}
+
+func nvText(name, text string) []byte { return nvPair(name, nvString, append([]byte(text), 0)) }
+
+func TestTokenThatZFSCouldReadOtherwiseIsRefused(t *testing.T) {
+	good := [][]byte{nvText("toname", "tank/data/db@two"), nvNumber("toguid", 34)}
+	if token, err := parseZFSToken(craftedToken(t, good...)); err != nil || token.toGUID != 34 || token.raw {
+		t.Errorf("%+v, %v", token, err)
+	}
+	for name, more := range map[string][]byte{
+		"name twice":                  nvText("toname", "tank/secret@x"),
+		"name twice, of another type": nvPair("toguid", 3, make([]byte, 8)),
+		"a NUL in a name":             nvText("toname\x00x", "tank/secret@x"),
+	} {
+		for _, pairs := range [][][]byte{slices.Insert(slices.Clone(good), 0, more), append(slices.Clone(good), more)} {
+			if token, err := parseZFSToken(craftedToken(t, pairs...)); err == nil {
+				t.Errorf("%s: %+v", name, token)
+			}
+		}
+	}
+}
+
+func TestTokenDoesNotDecryptWhatIsSentRaw(t *testing.T) {
+	base := [][]byte{nvText("toname", "tank/data/db@two"), nvNumber("toguid", 34)}
+	clear, raw := craftedToken(t, base...), craftedToken(t, append(base, nvPair("rawok", 1, nil))...)
+	for name, test := range map[string]struct {
+		encryption, token string
+		used              bool
+	}{
+		"encrypted, and the token is not raw": {"aes-256-gcm", clear, false},
+		"encrypted, and the token is raw":     {"aes-256-gcm", raw, true},
+		"in clear":                            {"off", clear, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRecorded(t, map[string]answer{
+				guidOf + "tank/data/db@two":                  {Out: "34\n"},
+				"get -H -p -o value encryption tank/data/db": {Out: test.encryption + "\n"},
+				"send -n -v -P -w tank/data/db@two":          {Out: "size\t7\n"},
+				"send -n -v -P -t " + test.token:             {Out: "full\ttank/data/db@two\t5\n"},
+			})
+			res, err := r.SendDry(context.Background(), &rpc.SendReq{Filesystem: "db", To: recordedVersion(rpc.VersionSnapshot, "two", 34), ResumeToken: test.token})
+			if err != nil || res.UsedResumeToken != test.used {
+				t.Errorf("%+v, %v", res, err)
+			}
+		})
+	}
+}
+
+func TestNothingIsSentIfItCannotBeToldWhetherItIsEncrypted(t *testing.T) {
+	r := newRecorded(t, map[string]answer{
+		guidOf + "tank/data/db@two":                  {Out: "34\n"},
+		"get -H -p -o value encryption tank/data/db": {Err: "internal error: out of memory\n", Status: 1},
+		"hold replicate tank/data/db@two":            {}, "release replicate tank/data/db@two": {},
+		"send tank/data/db@two": {Out: "in clear"},
+	})
+	_, stream, err := r.Send(context.Background(), &rpc.SendReq{Filesystem: "db", To: recordedVersion(rpc.VersionSnapshot, "two", 34)})
+	if err == nil {
+		text, _ := readAll(t, stream)
+		t.Fatalf("%q was sent", text)
+	}
+	if !strings.Contains(err.Error(), "out of memory") || !strings.Contains(err.Error(), `"db"`) {
 		t.Error(err)
 	}
 }

@@ -66,12 +66,16 @@ func (s *zfsStore) prepare(ctx context.Context, req *rpc.SendReq) (*zfsSend, err
 			return nil, err
 		}
 	}
-	if s.resumable(req, send.to) {
+	raw, err := s.zfs.encrypted(ctx, dataset)
+	if err != nil {
+		return nil, fmt.Errorf("is %q encrypted: %w", req.Filesystem, err)
+	}
+	if s.resumable(req, send.to, raw) {
 		send.resumed = true
 		send.args = append(send.args, "-t", req.ResumeToken)
 		return send, nil
 	}
-	if s.zfs.encrypted(ctx, dataset) {
+	if raw {
 		send.args = append(send.args, "-w")
 	}
 	if send.from != "" {
@@ -82,8 +86,9 @@ func (s *zfsStore) prepare(ctx context.Context, req *rpc.SendReq) (*zfsSend, err
 }
 
 // resumable tells whether the token is of just this step. A token names the dataset and could name any of the pool; one of
-// a dataset that has been renamed since is of no use. Without it the step begins anew.
-func (s *zfsStore) resumable(req *rpc.SendReq, to string) bool {
+// a dataset that has been renamed since is of no use. It also says whether what is encrypted is sent so, and "send -t" does
+// as it says: whoever pulls could write one that has it decrypted. Without a token the step begins anew.
+func (s *zfsStore) resumable(req *rpc.SendReq, to string, raw bool) bool {
 	if req.ResumeToken == "" || !s.zfs.resume {
 		return false
 	}
@@ -92,20 +97,24 @@ func (s *zfsStore) resumable(req *rpc.SendReq, to string) bool {
 	if req.From != nil {
 		from = req.From.GUID
 	}
-	if err != nil || token.toName != to || token.toGUID != req.To.GUID || token.fromGUID != from {
+	if err != nil || token.toName != to || token.toGUID != req.To.GUID || token.fromGUID != from || token.raw != raw {
 		s.log.Warn("what broke off begins anew: the resume token is of something else", "version", to, "token", token.toName, "error", err)
 		return false
 	}
 	return true
 }
 
-// encrypted tells whether the dataset has to be sent as it is, because the receiver is not to have the key.
-func (t *zfsTool) encrypted(ctx context.Context, dataset string) bool {
+// encrypted tells whether the dataset has to be sent as it is, because the receiver is not to have the key. If that cannot
+// be found out, nothing may be sent.
+func (t *zfsTool) encrypted(ctx context.Context, dataset string) (bool, error) {
 	if !t.raw {
-		return false
+		return false, nil
 	}
 	rows, err := t.table(ctx, 1, "get", "-H", "-p", "-o", "value", "encryption", dataset)
-	return err == nil && len(rows) == 1 && rows[0][0] != "off" && rows[0][0] != "-"
+	if err != nil {
+		return false, err
+	}
+	return len(rows) != 1 || rows[0][0] != "off" && rows[0][0] != "-", nil
 }
 
 // estimate is how many bytes will be sent, or 0 if zfs cannot say.

@@ -17,6 +17,7 @@ type zfsToken struct {
 	toGUID   uint64
 	fromGUID uint64 // 0: a full stream
 	bytes    uint64 // that have been received
+	raw      bool   // what is encrypted is sent as it is
 }
 
 // The limits are far above what a token holds: a few numbers and a name.
@@ -66,6 +67,7 @@ func decodeZFSToken(data string) (zfsToken, error) {
 	for name, field := range map[string]*uint64{"toguid": &t.toGUID, "fromguid": &t.fromGUID, "bytes": &t.bytes} {
 		*field, _ = values[name].(uint64)
 	}
+	_, t.raw = values["rawok"]
 	if t.toName == "" || t.toGUID == 0 {
 		return zfsToken{}, errors.New("it does not say what is sent")
 	}
@@ -80,7 +82,7 @@ const (
 
 // parseNVList reads an nvlist in the native form of the host that packed it: a byte for the form, one for the byte order, two
 // of nothing, version and flags, then pairs, each of which begins with its length, and at the end a length of 0. Values that
-// are neither a number nor a string are left out.
+// are neither a number nor a string are nil. A name that is there twice is refused: zfs might take the other one.
 func parseNVList(packed []byte) (map[string]any, error) {
 	const header, native = 12, 0
 	if len(packed) < header || packed[0] != native {
@@ -106,9 +108,10 @@ func parseNVList(packed []byte) (map[string]any, error) {
 		if err != nil {
 			return nil, err
 		}
-		if value != nil {
-			values[name] = value
+		if _, twice := values[name]; twice || strings.Contains(name, "\x00") {
+			return nil, fmt.Errorf("the name %.100q is there twice, or ends before its end", name)
 		}
+		values[name] = value
 		rest = rest[length:]
 	}
 }
