@@ -243,9 +243,10 @@ func feedChild(ctx context.Context, program string, args []string, head []byte, 
 	}
 	defer c.stop()
 	defer context.AfterFunc(ctx, func() { w.Close() })() // unblocks a write to a child that hangs
-	_, err = w.Write(head)
+	to := &childInput{w: w}
+	_, err = to.Write(head)
 	if err == nil {
-		_, err = io.Copy(w, r)
+		_, err = io.Copy(to, r)
 	}
 	w.Close() // the end of the stream, or as if the sender had died: either way the child reads no more
 	switch {
@@ -254,7 +255,7 @@ func feedChild(ctx context.Context, program string, args []string, head []byte, 
 		return ctx.Err()
 	case err == nil:
 		return c.waitWithin(ctx)
-	case errors.Is(err, syscall.EPIPE): // the child does not read on: it says why
+	case to.refused: // the child does not read on: it says why
 		if failure := c.waitWithin(ctx); failure != nil {
 			return failure
 		}
@@ -262,6 +263,19 @@ func feedChild(ctx context.Context, program string, args []string, head []byte, 
 	}
 	c.stop()
 	return err
+}
+
+// childInput is the pipe to a child. It tells a child that does not read on from a stream that breaks off: that may be for a
+// broken pipe too, of the connection.
+type childInput struct {
+	w       *os.File
+	refused bool
+}
+
+func (c *childInput) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.refused = c.refused || errors.Is(err, syscall.EPIPE)
+	return n, err
 }
 
 // errTrailing is a stream with which the receiving child was content before its end.

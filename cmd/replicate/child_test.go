@@ -218,6 +218,13 @@ func TestReceivingChildGetsAllAndItsFailureIsTheError(t *testing.T) {
 	if err := feed(context.Background(), broken, "-1", "0"); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("a broken stream: %v", err)
 	}
+	lost := io.MultiReader(bytes.NewReader(noise(1000)), readerFunc(func([]byte) (int, error) { return 0, fmt.Errorf("lost: %w", syscall.EPIPE) }))
+	for _, status := range []string{"0", "1"} { // whatever the child makes of that, it is not why
+		if err := feed(context.Background(), lost, "-1", status); !errors.Is(err, syscall.EPIPE) || !strings.Contains(err.Error(), "lost") {
+			t.Errorf("a connection that breaks off, status %s: %v", status, err)
+		}
+		lost = io.MultiReader(readerFunc(func([]byte) (int, error) { return 0, fmt.Errorf("lost: %w", syscall.EPIPE) }))
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	sent := 0
