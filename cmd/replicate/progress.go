@@ -23,6 +23,10 @@ const (
 	lineInterval = 10 * time.Second
 )
 
+// maxLeft is how much time left is still told. What takes longer has sent no more than its header yet, and the number could be
+// more than a Duration holds.
+const maxLeft = 1000 * time.Hour
+
 // reporter tells how a replication goes: on a terminal with a line per transfer that is kept up to date, elsewhere with a
 // line now and then, or in JSON. It is safe for concurrent use.
 type reporter struct {
@@ -371,7 +375,9 @@ func (t *transfer) line() string {
 	}
 	left, expected := "?", max(t.size, done) // an estimate may be too low
 	if done > 0 {
-		left = time.Duration(float64(took) * float64(expected-done) / float64(done)).Round(time.Second).String()
+		if nanos := float64(took) * float64(expected-done) / float64(done); nanos < float64(maxLeft) {
+			left = time.Duration(nanos).Round(time.Second).String()
+		}
 	}
 	whole := t.offset + expected
 	return fmt.Sprintf("%s: %s of %s, %d%%, %s, %s left", t.title(), size(t.offset+done), size(whole),

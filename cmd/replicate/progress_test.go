@@ -87,3 +87,14 @@ func TestProgressForMachines(t *testing.T) {
 		t.Errorf("events are %s", got)
 	}
 }
+
+func TestTimeLeftThatNobodyCanTellIsNotTold(t *testing.T) {
+	r := newReporter(output{new(strings.Builder), new(strings.Builder)}, false)
+	defer r.close()
+	x := r.start("db", step{to: version("v", 1, 1)}, 4<<40)
+	x.done.Store(312) // the first record of a ZFS stream, and then it takes its time
+	x.begun = time.Now().Add(-10 * time.Second)
+	if line := x.line(); !strings.Contains(line, ", ? left") {
+		t.Errorf("%q", line)
+	}
+}
