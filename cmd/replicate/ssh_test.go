@@ -304,6 +304,47 @@ func TestSSHConnectionHasDeadlinesAndACloseThatUnblocks(t *testing.T) {
 	}
 }
 
+// What sshd gave the server as stderr is closed when the client is gone, and a log must not be the end of the server then: it
+// has to clean up.
+func TestStdioServerOutlivesItsStderr(t *testing.T) {
+	self, _ := os.Executable()
+	become(t, "replicate")
+	cmd := exec.Command(self, "serve", "-stdio", "-stdio-identity", "laptop", "-sink", "dir:"+t.TempDir())
+	in, ours, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs, out, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	nobody, stderr, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	nobody.Close()
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = in, out, stderr
+	err = cmd.Start()
+	for _, f := range []*os.File{in, out, stderr} {
+		f.Close()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer := rpc.NewClient(rpc.ConnecterFunc(func(context.Context) (net.Conn, error) {
+		return &pipeConn{in: theirs, out: ours, addr: "stdio"}, nil // it is asked for only once
+	}), rpc.ClientConfig{})
+	to := version("v", 1, 1)
+	_, err = peer.Receive(context.Background(), &rpc.ReceiveReq{Filesystem: "f", To: &to}, io.NopCloser(strings.NewReader("no stream of a store: it is logged")))
+	if err == nil || !strings.Contains(err.Error(), "first line of the stream") {
+		t.Errorf("error is %v", err)
+	}
+	peer.Close()
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("the server: %v", err)
+	}
+}
+
 func TestInterruptedPushOverSSHLeavesNoChild(t *testing.T) {
 	h := startSSHD(t)
 	source := sourceOfThree(t)

@@ -55,6 +55,7 @@ type stdioListener struct {
 
 // listenStdio makes stdin and stdout a connection from whoever is at the other end, who has that identity.
 func listenStdio(identity string) (*rpc.Listener, error) {
+	outliveStderr()
 	in, err := pollable(os.Stdin)
 	if err != nil {
 		return nil, err

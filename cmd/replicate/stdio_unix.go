@@ -5,6 +5,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"os/signal"
 	"syscall"
 )
 
@@ -29,3 +30,7 @@ func pollable(f *os.File) (*os.File, error) {
 	}
 	return os.NewFile(uintptr(fd), f.Name()), f.Close() // or the other end would never see the end
 }
+
+// outliveStderr makes a write to a stderr whose reader is gone an error, not the end of the process: sshd closes it when the
+// client is gone, and then what broke off is still to be cleaned up. Unlike ignoring the signal, this is not inherited.
+func outliveStderr() { signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) }
