@@ -50,7 +50,10 @@ func (p *peerFlags) sshConnecter(destination string) (rpc.Connecter, error) {
 		return nil, usagef("-ssh %q: %v", p.ssh, err)
 	}
 	// Nobody is there to be asked anything, and nothing but stdin and stdout is to be carried.
-	options := []string{"-T", "-x", "-a", "-o", "BatchMode=yes", "-o", "ClearAllForwardings=yes"}
+	options := []string{"-T", "-x", "-a", "-o", "BatchMode=yes", "-o", "ClearAllForwardings=yes",
+		// Each is to be on its own even if the user's configuration shares connections: ending the one that the others go
+		// through would end them too.
+		"-o", "ControlMaster=no", "-o", "ControlPath=none"}
 	if p.identityFile != "" {
 		if !exists(p.identityFile) {
 			return nil, usagef("-identity-file %q: there is no such file", p.identityFile)

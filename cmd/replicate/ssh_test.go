@@ -304,6 +304,40 @@ func TestSSHConnectionHasDeadlinesAndACloseThatUnblocks(t *testing.T) {
 	}
 }
 
+// A user's configuration may have all ssh to a host go through the first one. Here each has to be on its own.
+func TestSSHThatEndsEndsNoOther(t *testing.T) {
+	h := startSSHD(t)
+	h.allow(h.key, "-stdio-identity", "laptop", "-sink", "dir:"+t.TempDir())
+	config := filepath.Join(h.dir, "ssh_config-known_hosts")
+	text, err := os.ReadFile(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.write("ssh_config-known_hosts", string(text)+"ControlMaster auto\nControlPath "+filepath.Join(h.dir, "c")+"\n")
+	p := peerFlags{addr: "ssh:", ssh: h.program, identityFile: h.key, remote: "-"}
+	connecter, err := p.sshConnecter(fmt.Sprintf("%s@127.0.0.1:%d", h.user, h.port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var conns [2]net.Conn
+	for i := range conns {
+		if conns[i], err = connecter.Connect(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		defer conns[i].Close()
+		conns[i].SetReadDeadline(time.Now().Add(500 * time.Millisecond)) // it is up when the next one looks for it
+		if _, err := conns[i].Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatal(err)
+		}
+	}
+	conns[0].Close()
+	p.wait()
+	conns[1].SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+	if _, err := conns[1].Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the other one: %v", err)
+	}
+}
+
 // What sshd gave the server as stderr is closed when the client is gone, and a log must not be the end of the server then: it
 // has to clean up.
 func TestStdioServerOutlivesItsStderr(t *testing.T) {
