@@ -267,3 +267,45 @@ func (s *twice) ListFilesystems(ctx context.Context, req *rpc.ListFilesystemReq)
 	res.Filesystems = append(res.Filesystems, res.Filesystems...)
 	return res, err
 }
+
+// cursorStore is a source with a cursor.
+type cursorStore struct {
+	*chainStore
+	cursor uint64
+}
+
+func (s *cursorStore) ReplicationCursor(context.Context, *rpc.ReplicationCursorReq) (*rpc.ReplicationCursorRes, error) {
+	return &rpc.ReplicationCursorRes{GUID: s.cursor, NotExist: s.cursor == 0}, nil
+}
+
+func (s *cursorStore) SendCompleted(_ context.Context, req *rpc.SendCompletedReq) (*rpc.SendCompletedRes, error) {
+	s.cursor = req.OriginalReq.To.GUID
+	return new(rpc.SendCompletedRes), nil
+}
+
+// deafSink takes what it is sent, but its first answer is lost.
+type deafSink struct {
+	*chainStore
+	answers int
+}
+
+func (s *deafSink) Receive(ctx context.Context, req *rpc.ReceiveReq, r io.Reader) (*rpc.ReceiveRes, error) {
+	res, err := s.chainStore.Receive(ctx, req, r)
+	if s.answers++; s.answers == 1 {
+		return nil, rpc.Errorf(rpc.Unavailable, "connection lost")
+	}
+	return res, err
+}
+
+func TestCursorIsMovedToWhatArrivedBeforeAConnectionWasLost(t *testing.T) {
+	source := &cursorStore{chainStore: &chainStore{versions: map[string][]rpc.FilesystemVersion{"f": {version("a", 1, 10)}}}}
+	sink := &deafSink{chainStore: &chainStore{versions: map[string][]rpc.FilesystemVersion{}}}
+	r, _, status := replicator(t, source, sink)
+	r.lineage, r.parse = linear, parseTestToken
+	if err := r.run(context.Background(), nil); err != nil {
+		t.Fatal(err, status)
+	}
+	if source.cursor != 1 || len(sink.received) != 1 {
+		t.Errorf("the cursor is at %d, received %v", source.cursor, sink.received)
+	}
+}

@@ -21,8 +21,9 @@ type step struct {
 // plan is what one filesystem needs.
 type plan struct {
 	filesystem string
-	steps      []step // in the order in which they are to be done
-	conflict   error  // what cannot be replicated; the steps can
+	both       *rpc.FilesystemVersion // what increments start from; nil: there is nothing
+	steps      []step                 // in the order in which they are to be done
+	conflict   error                  // what cannot be replicated; the steps can
 }
 
 // sinkState is what the sink has of a filesystem.
@@ -64,6 +65,7 @@ func makeChain(filesystem string, source []rpc.FilesystemVersion, sink sinkState
 	there := slices.SortedFunc(slices.Values(snapshots(sink.versions)), byAge)
 	sorted := slices.SortedFunc(slices.Values(source), byAge)
 	from, newer := common(sorted, there)
+	p.both = from
 	switch newer = snapshots(newer); {
 	case len(newer) == 0:
 		return p

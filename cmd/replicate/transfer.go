@@ -309,7 +309,9 @@ func (r *replication) filesystem(ctx context.Context, name string, tokens map[st
 				again.progressed()
 			}
 			before = p
-			err = r.steps(ctx, p, &again)
+			if err = r.settleCursor(ctx, p); err == nil {
+				err = r.steps(ctx, p, &again)
+			}
 		}
 		if err == nil {
 			return p.conflict
@@ -399,7 +401,29 @@ func (r *replication) step(ctx context.Context, filesystem string, s step) error
 	if err != nil {
 		return err
 	}
-	_, err = r.source.SendCompleted(ctx, &rpc.SendCompletedReq{OriginalReq: req})
+	return r.completed(ctx, req)
+}
+
+// settleCursor moves the source's cursor to what both sides have, if it is somewhere else: the last version has arrived, but this
+// side did not come to say so before its connection was lost, or it was ended. Otherwise, once the source has destroyed that
+// version, nothing could be sent any more.
+func (r *replication) settleCursor(ctx context.Context, p plan) error {
+	if r.lineage != linear || p.both == nil || p.both.Type != rpc.VersionSnapshot {
+		return nil
+	}
+	at, err := r.source.ReplicationCursor(ctx, &rpc.ReplicationCursorReq{Filesystem: p.filesystem})
+	if rpc.CodeOf(err) == rpc.Unimplemented || err == nil && !at.NotExist && at.GUID == p.both.GUID {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("ask for the replication cursor: %w", err)
+	}
+	return r.completed(ctx, &rpc.SendReq{Filesystem: p.filesystem, To: p.both})
+}
+
+// completed tells the source that the sink has it.
+func (r *replication) completed(ctx context.Context, req *rpc.SendReq) error {
+	_, err := r.source.SendCompleted(ctx, &rpc.SendCompletedReq{OriginalReq: req})
 	if rpc.CodeOf(err) == rpc.Unimplemented {
 		return nil
 	}
