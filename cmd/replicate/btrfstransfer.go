@@ -100,6 +100,9 @@ func readBtrfsFirst(r io.Reader) (name string, guid uint64, head []byte, err err
 	if !bytes.HasPrefix(head, []byte(btrfsMagic)) {
 		return "", 0, nil, rpc.Errorf(rpc.InvalidArgument, "this is not the stream of a btrfs: store: it begins with %q", head[:16])
 	}
+	if version := binary.LittleEndian.Uint32(head[len(btrfsMagic):]); version != btrfsVersion {
+		return "", 0, nil, rpc.Errorf(rpc.InvalidArgument, "the stream is of version %d, not %d", version, btrfsVersion)
+	}
 	length := binary.LittleEndian.Uint32(head[btrfsStreamHeader:])
 	command := binary.LittleEndian.Uint16(head[btrfsStreamHeader+4:])
 	if length > maxBtrfsFirst || command != btrfsSubvolume && command != btrfsSnapshot {
@@ -151,7 +154,7 @@ func isArriving(folder *os.Root, version string) bool {
 // Receive takes a stream of Send. One transfer at a time goes into a filesystem.
 //
 // What a stream does is up to whoever made it, and it is done as root: so btrfs is confined to the folder of this
-// filesystem's versions.
+// filesystem's versions, and gets to see only what is harmless there.
 func (s *btrfsStore) Receive(ctx context.Context, req *rpc.ReceiveReq, r io.Reader) (*rpc.ReceiveRes, error) {
 	err := checkReceive(req)
 	if err == nil {
@@ -200,7 +203,8 @@ func (s *btrfsStore) receiveVersion(ctx context.Context, folder *os.Root, filesy
 	if err := markArriving(folder, to.Name); err != nil {
 		return err
 	}
-	err = feedChild(ctx, s.btrfs, []string{"receive", "-q", "-e", "-C", s.argument(filesystem, "")}, head, r)
+	commands := &btrfsCommands{r: r, devices: withoutDevices(s.path)}
+	err = feedChild(ctx, s.btrfs, []string{"receive", "-q", "-e", "-C", s.argument(filesystem, "")}, head, commands)
 	// Whether or not the peer is still there: what arrived is kept, the rest is deleted.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTimeout)
 	defer cancel()

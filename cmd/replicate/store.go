@@ -59,7 +59,8 @@ are held while they are sent. Encrypted ones are sent raw. What is received is r
 
 btrfs:PATH is a folder that must exist, on btrfs. A filesystem is a subvolume PATH/FILESYSTEM, its versions are the
 read-only snapshots of it in the folder .snapshots beside it: PATH/home has them in PATH/.snapshots/home/, PATH/a/b in
-PATH/a/.snapshots/b/. Plain folders that have no .snapshots are not looked into. What breaks off begins anew.
+PATH/a/.snapshots/b/. Snapshots with devices in them are
+taken only if PATH is mounted with nodev: whoever sends one could write to it. Plain folders that have no .snapshots are not looked into. What breaks off begins anew.
 `
 
 // openStore opens what the user calls a STORE.
