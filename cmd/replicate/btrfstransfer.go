@@ -206,8 +206,8 @@ func (s *btrfsStore) receiveVersion(ctx context.Context, folder *os.Root, filesy
 	commands := &btrfsCommands{r: r, devices: withoutDevices(s.path)}
 	err = feedChild(ctx, s.btrfs, []string{"receive", "-q", "-e", "-C", s.argument(filesystem, "")}, head, commands)
 	// Whether or not the peer is still there: what arrived is kept, the rest is deleted.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTimeout)
-	defer cancel()
+	// Each command has its own time: what is still to be written may be gigabytes, on a slow disk.
+	ctx = context.WithoutCancel(ctx)
 	if err == nil {
 		err = s.settle(ctx, folder, filesystem, to)
 	}
@@ -236,6 +236,9 @@ func markArriving(folder *os.Root, version string) error {
 	return syncFolder(folder)
 }
 
+// syncTimeout bounds the writing of what has arrived: all that the kernel holds in memory, which would have to be sent again.
+const syncTimeout = time.Hour
+
 // settle makes a version of what arrived, if it is what was to arrive.
 func (s *btrfsStore) settle(ctx context.Context, folder *os.Root, filesystem string, to rpc.FilesystemVersion) error {
 	v, err := s.version(ctx, filesystem, to.Name)
@@ -245,7 +248,7 @@ func (s *btrfsStore) settle(ctx context.Context, folder *os.Root, filesystem str
 	if v.GUID != to.GUID {
 		return rpc.Errorf(rpc.DataLoss, "what was received is %016x, not %016x", v.GUID, to.GUID)
 	}
-	if _, err := runTool(ctx, s.btrfs, "filesystem", "sync", s.argument(filesystem, to.Name)); err != nil {
+	if _, err := runToolWithin(ctx, syncTimeout, s.btrfs, "filesystem", "sync", s.argument(filesystem, to.Name)); err != nil {
 		return err
 	}
 	if err := folder.Remove(arrivingName(to.Name)); err != nil {

@@ -161,7 +161,12 @@ func (c *child) stop() {
 
 // runTool runs a command to its end and returns what it wrote to stdout. When ctx ends, so does the command.
 func runTool(ctx context.Context, program string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, toolTimeout)
+	return runToolWithin(ctx, toolTimeout, program, args...)
+}
+
+// runToolWithin is runTool for a command that takes longer, or less.
+func runToolWithin(ctx context.Context, timeout time.Duration, program string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	var stdout bytes.Buffer
 	var stderr tail
