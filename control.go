@@ -97,6 +97,11 @@ func (q *frameQueue) waitLocked(ctx context.Context, done <-chan struct{}, full 
 	return err
 }
 
+// waitRoomLocked returns when little waits to be written. It gives up when ctx or the connection ends.
+func (q *frameQueue) waitRoomLocked(ctx context.Context) {
+	q.waitLocked(ctx, q.c.done, func() bool { return q.size > maxPending })
+}
+
 // wakeLocked has those who wait look again.
 func (q *frameQueue) wakeLocked() {
 	if q.room != nil {
@@ -793,9 +798,7 @@ func (call *serverCall) awaitRoom() {
 	q := call.q
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.size > maxPending {
-		q.waitLocked(call.parent, q.c.done, func() bool { return q.size > maxPending })
-	}
+	q.waitRoomLocked(call.parent)
 }
 
 // appendReply appends a reply: an error, or one of success, to which the body is still to be appended.
@@ -812,7 +815,7 @@ func appendReply(b []byte, id uint64, err error) []byte {
 func (s *controlServer) reply(call *serverCall, frame []byte) {
 	call.end(context.Canceled)
 	s.q.mu.Lock()
-	s.q.waitLocked(call.parent, s.c.done, func() bool { return s.q.size > maxPending })
+	s.q.waitRoomLocked(call.parent)
 	delete(s.running, call.id)
 	s.q.crowded = len(s.running) > 0
 	mustFlush := s.q.appendLocked(frame)
