@@ -577,7 +577,12 @@ func TestRealKill9OfTheClient(t *testing.T) {
 		killed := make(chan struct{})
 		var pusher *process
 		ready := make(chan struct{})
-		relay.setTrip(func() { <-ready; pusher.Process.Kill(); close(killed) })
+		relay.setTrip(func() {
+			<-ready
+			pusher.Process.Kill()
+			relay.cut() // or what sockets hold, tens of megabytes, would still arrive
+			close(killed)
+		})
 		pusher = startProcess(t, r.push(relay.Addr().String())...)
 		close(ready)
 		select {
@@ -608,10 +613,20 @@ func TestRealInterruptedPushStopsCleanly(t *testing.T) {
 		relay := startRelay(t, server.addr, 1, 9<<20)
 		var pusher *process
 		ready := make(chan struct{})
-		relay.setTrip(func() { <-ready; pusher.Process.Signal(os.Interrupt) })
+		ended := make(chan struct{})
+		relay.setTrip(func() { // nothing passes any more, or all could have passed before it stops
+			<-ready
+			pusher.Process.Signal(os.Interrupt)
+			pusher.Wait()
+			close(ended)
+		})
 		pusher = startProcess(t, r.push(relay.Addr().String())...)
 		close(ready)
-		pusher.Wait()
+		select {
+		case <-ended:
+		case <-time.After(30 * time.Second):
+			t.Fatalf("it did not send so much, or did not stop:\n%s", &pusher.log)
+		}
 		if pusher.ProcessState.ExitCode() != statusFailed || !strings.Contains(pusher.log.String(), "interrupted") {
 			t.Errorf("%v: %s", pusher.ProcessState, &pusher.log)
 		}
