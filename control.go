@@ -32,6 +32,7 @@ type frameQueue struct {
 	pending   [][]byte   // in order; each holds whole frames
 	spare     [][]byte
 	size      int           // bytes in pending
+	reserved  int           // bytes of replies that were promised room, and are not in pending yet
 	writing   bool          // somebody is in flush, or is about to be
 	finishing bool          // no frame comes after those in pending
 	room      chan struct{} // closed when waiting may be over; nil if nobody waits
@@ -99,7 +100,7 @@ func (q *frameQueue) waitLocked(ctx context.Context, done <-chan struct{}, full 
 
 // waitRoomLocked returns when little waits to be written. It gives up when ctx or the connection ends.
 func (q *frameQueue) waitRoomLocked(ctx context.Context) {
-	q.waitLocked(ctx, q.c.done, func() bool { return q.size > maxPending })
+	q.waitLocked(ctx, q.c.done, func() bool { return q.size+q.reserved > maxPending })
 }
 
 // wakeLocked has those who wait look again.
@@ -617,6 +618,7 @@ type serverCall struct {
 	body    []byte
 	reply   []byte // the frame
 	q       *frameQueue
+	room    int // bytes that are reserved in q
 }
 
 func newControlServer(c *frameConn, maxHandlers int, dispatch dispatcher) *controlServer {
@@ -787,18 +789,20 @@ func (call *serverCall) handle(ctx context.Context, h *handler) error {
 		call.reply, err = appendResult(appendReply(call.reply, call.id, nil), res)
 	}
 	if len(call.reply) > smallBody {
-		call.awaitRoom()
+		call.reserveRoom()
 	}
 	return err
 }
 
-// awaitRoom waits until little waits to be written, with the handler's place still taken: otherwise a client that does not
+// reserveRoom waits until little waits to be written, with the handler's place still taken: otherwise a client that does not
 // read its replies could have a server hold more of them than it runs handlers.
-func (call *serverCall) awaitRoom() {
+func (call *serverCall) reserveRoom() {
 	q := call.q
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.waitRoomLocked(call.parent)
+	q.reserved += len(call.reply) - call.room
+	call.room = len(call.reply)
 }
 
 // appendReply appends a reply: an error, or one of success, to which the body is still to be appended.
@@ -815,7 +819,10 @@ func appendReply(b []byte, id uint64, err error) []byte {
 func (s *controlServer) reply(call *serverCall, frame []byte) {
 	call.end(context.Canceled)
 	s.q.mu.Lock()
-	s.q.waitRoomLocked(call.parent)
+	if call.room == 0 {
+		s.q.waitRoomLocked(call.parent)
+	}
+	s.q.reserved -= call.room
 	delete(s.running, call.id)
 	s.q.crowded = len(s.running) > 0
 	mustFlush := s.q.appendLocked(frame)

@@ -8032,6 +8032,48 @@ func TestAClientThatDoesNotReadItsRepliesIsGivenUp(t *testing.T) {
 	})
 }
 
+// TestUnreadRepliesAreNoMoreThanThereAreHandlers: when there is room for one more reply, not all who wait for that make place
+// for other handlers.
+func TestUnreadRepliesAreNoMoreThanThereAreHandlers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const handlers, size = 32, 128 << 10
+		l := newMemListener()
+		s := rpc.NewServer(nil, rpc.ServerConfig{MaxHandlers: handlers})
+		var made atomic.Int64
+		rpc.HandleCall(s, "large", func(context.Context, *text) (*text, error) {
+			made.Add(1)
+			return textOf(strings.Repeat("x", size)), nil
+		})
+		serve(t, s, l.listener())
+		nc, err := l.Connect(t.Context())
+		check(t, err)
+		defer nc.Close()
+		say(t, nc, banner+label("zrepl_control"))
+		expect(t, nc, answer)
+		calls, read := 0, 0
+		for range 30 {
+			for range handlers {
+				calls++
+				say(t, nc, frame(tCall, uint64(calls), uint64(0), str8("large")))
+				synctest.Wait()
+			}
+			// Two replies are the 256 KiB that may wait, and as many are being written.
+			if unread := int(made.Load()) - read; unread > handlers+2+2 {
+				t.Fatalf("%d replies were made that are not read, by %d handlers", unread, handlers)
+			}
+			for large := false; !large; { // what is refused has its replies, too
+				kind, payload, err := readFrame(nc)
+				if check(t, err); kind != tReply {
+					t.Fatalf("frame %#x", kind)
+				}
+				large = len(payload) > size
+			}
+			read++
+			synctest.Wait()
+		}
+	})
+}
+
 // TestAPanicOfAResultLeaksNoConnection: the panic is the caller's, the connection is ours.
 func TestAPanicOfAResultLeaksNoConnection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

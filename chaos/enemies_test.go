@@ -161,8 +161,11 @@ func (g *target) served(from net.IP) (time.Duration, error) {
 // flat checks that the server's memory has not grown.
 func (g *target) flat(name string, limit int64) {
 	g.t.Helper()
-	now := g.state()
-	grown := now.memory - g.before.memory
+	grown := g.state().memory - g.before.memory
+	for try := 0; try < 5 && grown > limit; try++ { // what came between the collection and the figure is not what it holds
+		pause()
+		grown = min(grown, g.state().memory-g.before.memory)
+	}
 	most("attacks: most memory that a server had more than before, in KiB", grown>>10)
 	if grown > limit {
 		g.t.Errorf("%s: the server's memory grew by %d KiB", name, grown>>10)
