@@ -8278,6 +8278,54 @@ func TestShutdownDoesNotCutWhatIsStillBeingRead(t *testing.T) {
 	}
 }
 
+// pausedConn is a server's connection whose first Read with a deadline to come is where the process is stopped for a while.
+type pausedConn struct {
+	*memConn
+	once sync.Once
+}
+
+func (c *pausedConn) Read(b []byte) (n int, err error) {
+	c.readBy.mu.Lock()
+	by := c.readBy.at
+	c.readBy.mu.Unlock()
+	if time.Now().Before(by) {
+		c.once.Do(func() {
+			time.Sleep(20 * time.Second)
+			err = os.ErrDeadlineExceeded // as after the end of a pause, whatever has come meanwhile
+		})
+	}
+	if err != nil {
+		return 0, err
+	}
+	return c.memConn.Read(b)
+}
+
+// TestAPauseOfTheServerIsNotTheClientsSilence: also after Shutdown, while the client still reads what the kernel has.
+func TestAPauseOfTheServerIsNotTheClientsSilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		l.pipe = func() (net.Conn, net.Conn) { c, s := newMemConns(); return c, &pausedConn{memConn: s} }
+		s := rpc.NewServer(nil, rpc.ServerConfig{})
+		rpc.HandleDownload(s, "d", func(context.Context, *text) (*text, io.ReadCloser, error) {
+			return new(text), io.NopCloser(strings.NewReader("data")), nil
+		})
+		serve(t, s, l.listener())
+		nc := rawData(t, l)
+		defer nc.Close()
+		say(t, nc, dataDown("d", ""))
+		synctest.Wait()
+		down := make(chan error, 1)
+		go func() { down <- s.Shutdown(context.Background()) }()
+		for range 8 {
+			time.Sleep(5 * time.Second)
+			say(t, nc, frame(tHeartbeat)) // fails if the connection is closed
+		}
+		expect(t, nc, frame(tResult, 0)+dataOf("data")+frame(tGoaway, uint64(1)))
+		nc.Close()
+		check(t, <-down)
+	})
+}
+
 // TestShutdownDoesNotCutALinger: one that has failed keeps its second for the client to read why.
 func TestShutdownDoesNotCutALinger(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
