@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"runtime"
@@ -98,12 +99,14 @@ func afterRequest(c net.Conn) {
 	readFrame(r)
 }
 
-// evils are what servers say. Each ends the operation with an error before its deadline; those of "late" at it.
-var evils = []struct {
+// evil is what a server says. It ends the operation with an error before its deadline; if "late" at it.
+type evil struct {
 	name, op string
 	late     bool
 	says     string
-}{
+}
+
+var evils = []evil{
 	// Instead of an answer.
 	{"nothing", "call", false, ""},
 	{"nothing", "get", false, ""},
@@ -196,63 +199,76 @@ func TestMaliciousServers(t *testing.T) {
 	runtime.GC()
 	runtime.ReadMemStats(&memory)
 	before := memory.TotalAlloc
-	const deadline = 2 * time.Second
+	var attempts atomic.Int64
 	parallel(len(evils), len(evils), func(i int) {
-		e := evils[i]
-		bad := newEvilServer(t, func(c net.Conn, n int) {
-			afterRequest(c)
-			c.SetWriteDeadline(time.Now().Add(deadline))
-			io.WriteString(c, strings.Replace(e.says, "hb=5000", "hb=1000", 1)) // not to wait for long
-			if e.late || e.says == "" || strings.HasPrefix(e.name, "nothing") {
-				if e.op == "put endless" {
-					<-time.After(deadline + time.Second) // and reads nothing
-				}
-				return // goes on to read, and says nothing
+		// On a busy machine what is early comes after the deadline, and what is late does not get through its handshake.
+		for deadline := 2 * time.Second; ; deadline *= 3 {
+			attempts.Add(1)
+			last := deadline > 15*time.Second
+			if tryEvil(t, evils[i], good.Addr().String(), deadline, last) || last {
+				break
 			}
-			if !strings.HasPrefix(e.name, "half") {
-				return
-			}
-			c.Close()
-		})
-		defer bad.close()
-		var addr atomic.Value
-		addr.Store(bad.l.Addr().String())
-		c := rpc.NewClient(rpc.ConnecterFunc(func(ctx context.Context) (net.Conn, error) {
-			return (&rpc.TCPConnecter{Addr: addr.Load().(string)}).Connect(ctx)
-		}), rpc.ClientConfig{HandshakeTimeout: deadline / 4})
-		defer func() { within(t, "Close of a client, "+e.name, async(c.Close)) }()
-		ctx, cancel := context.WithTimeout(context.Background(), deadline)
-		began := time.Now()
-		err := within(t, e.op+": "+e.name, async(func() error { return evilOps[e.op](ctx, c) }))
-		cancel()
-		took := time.Since(began)
-		late := errors.Is(err, context.DeadlineExceeded)
-		switch {
-		case err == nil:
-			t.Errorf("%s: %s is success", e.op, e.name)
-		case late != e.late:
-			t.Errorf("%s: %s ended after %v with %v", e.op, e.name, took, err)
-		case errors.Is(err, io.EOF) || strings.ContainsAny(err.Error(), "\x1b\x00\n") || len(err.Error()) > 8<<10:
-			t.Errorf("%s: %s: the error is %q", e.op, e.name, err)
 		}
-		if n := bad.n.Load(); n > 8 {
-			t.Errorf("%s: %s: %d connections for one operation", e.op, e.name, n)
-		}
-		addr.Store(good.Addr().String())
-		c.ResetConnectBackoff()
-		recoveredIn(t, "after "+e.name, func() error {
-			ctx, cancel := context.WithTimeout(context.Background(), patience)
-			defer cancel()
-			return useAll(ctx, c)
-		})
 		count("malicious servers: scripts, after each of which the client had an error, and worked again elsewhere", 1)
 	})
 	runtime.ReadMemStats(&memory)
-	allocated := int64(memory.TotalAlloc-before) / int64(len(evils))
+	allocated := int64(memory.TotalAlloc-before) / attempts.Load()
 	most("malicious servers: allocated for each on the average, in KiB, our own side included", allocated>>10)
 	if allocated > 32<<20 {
 		t.Errorf("%d KiB were allocated for each", allocated>>10)
 	}
+}
+
+// tryEvil has a client meet an evil server, with a deadline to which all other times are in proportion, and then a good one.
+// It tells whether the operation ended when it should; that it did not is an error if there is no other try.
+func tryEvil(t *testing.T, e evil, good string, deadline time.Duration, last bool) bool {
+	bad := newEvilServer(t, func(c net.Conn, n int) {
+		afterRequest(c)
+		c.SetWriteDeadline(time.Now().Add(deadline))
+		io.WriteString(c, strings.Replace(e.says, "hb=5000", fmt.Sprint("hb=", deadline.Milliseconds()/2), 1)) // not to wait for long
+		if e.late || e.says == "" || strings.HasPrefix(e.name, "nothing") {
+			if e.op == "put endless" {
+				<-time.After(deadline + time.Second) // and reads nothing
+			}
+			return // goes on to read, and says nothing
+		}
+		if !strings.HasPrefix(e.name, "half") {
+			return
+		}
+		c.Close()
+	})
+	defer bad.close()
+	var addr atomic.Value
+	addr.Store(bad.l.Addr().String())
+	c := rpc.NewClient(rpc.ConnecterFunc(func(ctx context.Context) (net.Conn, error) {
+		return (&rpc.TCPConnecter{Addr: addr.Load().(string)}).Connect(ctx)
+	}), rpc.ClientConfig{HandshakeTimeout: deadline / 4})
+	defer func() { within(t, "Close of a client, "+e.name, async(c.Close)) }()
+	ctx, cancel := context.WithTimeout(context.Background(), deadline)
+	began := time.Now()
+	err := within(t, e.op+": "+e.name, async(func() error { return evilOps[e.op](ctx, c) }))
+	cancel()
+	took := time.Since(began)
+	inTime := err != nil && errors.Is(err, context.DeadlineExceeded) == e.late
+	switch {
+	case err == nil:
+		t.Errorf("%s: %s is success", e.op, e.name)
+	case !inTime && last:
+		t.Errorf("%s: %s ended after %v with %v", e.op, e.name, took, err)
+	case errors.Is(err, io.EOF) || strings.ContainsAny(err.Error(), "\x1b\x00\n") || len(err.Error()) > 8<<10:
+		t.Errorf("%s: %s: the error is %q", e.op, e.name, err)
+	}
+	if n := bad.n.Load(); n > 8 {
+		t.Errorf("%s: %s: %d connections for one operation", e.op, e.name, n)
+	}
+	addr.Store(good)
+	c.ResetConnectBackoff()
+	recoveredIn(t, "after "+e.name, func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		return useAll(ctx, c)
+	})
+	return inTime || err == nil
 }
 
 // TestAServerOfAByteASecond: the handshake's deadline holds, whatever trickles in.
