@@ -508,6 +508,12 @@ var overTLS = transport{
 
 var transports = []transport{overTCP, overTLS}
 
+// ownAddr is where nobody else listens: who comes back to an address like that finds its port free, and who does not come back
+// has nobody there in its place.
+func ownAddr() string {
+	return fmt.Sprintf("127.%d.%d.%d:0", 64+rand.IntN(128), rand.IntN(256), 1+rand.IntN(254))
+}
+
 func dialerFrom(ip net.IP) net.Dialer {
 	if ip == nil {
 		return net.Dialer{}

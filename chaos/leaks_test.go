@@ -31,7 +31,7 @@ func fewer(n int) int {
 // TestTenThousandFailedDials: refused connections, by all that connects.
 func TestTenThousandFailedDials(t *testing.T) {
 	leaks(t)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", ownAddr())
 	check(t, err)
 	addr := l.Addr().String()
 	l.Close()

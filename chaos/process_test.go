@@ -325,7 +325,7 @@ func TestDeathOfTheServer(t *testing.T) {
 			var wg sync.WaitGroup
 			for _, state := range deathStates {
 				env := []string{tlsVariable + "=" + dir}
-				first := append(env, addrVariable+"=127.0.0.1:0")
+				first := append(env, addrVariable+"="+ownAddr())
 				if state == "preface" {
 					first = append(first, muteVariable+"=1")
 				}
@@ -351,7 +351,11 @@ func TestDeathOfTheServer(t *testing.T) {
 					if got := server.line("listening"); got != addr {
 						t.Errorf("the server came back at %q, not at %s", got, addr)
 					}
-					recovered(t, state, func() error { return useAll(ctx, c) })
+					recovered(t, state, func() error {
+						ctx, cancel := context.WithTimeout(context.Background(), patience)
+						defer cancel()
+						return useAll(ctx, c)
+					})
 				})
 			}
 			wg.Wait()

@@ -360,7 +360,7 @@ func TestSoak(t *testing.T) {
 	stop := make(chan struct{})
 	var runs []*soakRun
 	for _, tr := range transports {
-		r := &soakRun{t: t, tr: tr, seed: seed, addr: "127.0.0.1:0"}
+		r := &soakRun{t: t, tr: tr, seed: seed, addr: ownAddr()}
 		r.start()
 		r.prox = newProxy(t, r.addr)
 		for i := range 4 {
