@@ -601,7 +601,7 @@ func serve(t testing.TB, s *rpc.Server, l *rpc.Listener) {
 func noLeak(t testing.TB) {
 	before := runtime.NumGoroutine()
 	t.Cleanup(func() {
-		for deadline := time.Now().Add(5 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
+		for deadline := time.Now().Add(30 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
 			if time.Now().After(deadline) {
 				stacks := make([]byte, 1<<20)
 				t.Errorf("%d goroutines before, %d after:\n%s", before, runtime.NumGoroutine(),
@@ -5458,7 +5458,7 @@ func TestCloseAtRandomMoments(t *testing.T) {
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
 	noLeak(t)
-	defer time.AfterFunc(15*time.Second, func() { panic(fmt.Sprint("something does not return; seed ", seed)) }).Stop()
+	defer time.AfterFunc(2*time.Minute, func() { panic(fmt.Sprint("something does not return; seed ", seed)) }).Stop()
 	for start := time.Now(); time.Since(start) < 2*time.Second; {
 		l, connecter := transports[random.IntN(3)].make(t)
 		s := rpc.NewServer(nil, rpc.ServerConfig{})
@@ -6454,7 +6454,9 @@ func transportExchange(t *testing.T, from, to net.Conn) {
 	}
 	sent := make([]byte, total)
 	rand.NewChaCha8([32]byte{byte(seed)}).Read(sent)
-	go func() { // ends with the last Write
+	var writer sync.WaitGroup
+	defer writer.Wait() // the other end may be done, and the test over, before CloseWrite returns
+	writer.Go(func() {
 		rest := sent
 		for _, size := range sizes {
 			if n, err := from.Write(rest[:size]); n != size || err != nil {
@@ -6465,10 +6467,11 @@ func transportExchange(t *testing.T, from, to net.Conn) {
 		if err := from.(interface{ CloseWrite() error }).CloseWrite(); err != nil {
 			t.Errorf("seed %d: CloseWrite: %v", seed, err)
 		}
-	}()
+	})
 	var got bytes.Buffer
 	_, err := io.CopyBuffer(struct{ io.Writer }{&got}, struct{ io.Reader }{to}, make([]byte, 1+random.IntN(100<<10)))
 	if err != nil || !bytes.Equal(got.Bytes(), sent) {
+		from.Close() // or the writer waits for ever
 		t.Errorf("seed %d: %d bytes of %d arrived, equal: %v, %v", seed, got.Len(), len(sent), bytes.Equal(got.Bytes(), sent), err)
 	}
 }
@@ -7168,13 +7171,17 @@ func TestMessageCopiesWhatItKeeps(t *testing.T) {
 	}
 }
 
-// pduAllocated is how many bytes f allocates.
-func pduAllocated(f func()) uint64 {
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	f()
-	runtime.ReadMemStats(&after)
-	return after.TotalAlloc - before.TotalAlloc
+// pduAllocated is how many bytes f allocates. What is more than the limit is measured again: others allocate, too.
+func pduAllocated(limit uint64, f func()) (least uint64) {
+	least = math.MaxUint64
+	for try := 0; try < 5 && least > limit; try++ {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		f()
+		runtime.ReadMemStats(&after)
+		least = min(least, after.TotalAlloc-before.TotalAlloc)
+	}
+	return least
 }
 
 // pduAllocLimit is the bound on what decoding allocates, with something for what else goes on in the process.
@@ -7194,8 +7201,8 @@ func TestMessageAllocationBound(t *testing.T) {
 		for _, part := range parts {
 			for _, size := range []int{100, 1 << 12, 1 << 20} {
 				data := []byte(strings.Repeat(part, 1+size/len(part)))
-				m := pduKindOf(t, name).new()
-				if got := pduAllocated(func() { m.UnmarshalBinary(data) }); got > pduAllocLimit(data) {
+				decode := func() { pduKindOf(t, name).new().UnmarshalBinary(data) }
+				if got := pduAllocated(pduAllocLimit(data), decode); got > pduAllocLimit(data) {
 					t.Errorf("%s: %d bytes of %.10q... allocate %d", name, len(data), part, got)
 				}
 			}
@@ -7225,7 +7232,7 @@ func TestMessageListLimit(t *testing.T) {
 		data := []byte(tooLong)
 		m := pduKindOf(t, name).new()
 		var err error
-		if got := pduAllocated(func() { err = m.UnmarshalBinary(data) }); err == nil || got > 1<<20 {
+		if got := pduAllocated(1<<20, func() { err = m.UnmarshalBinary(data) }); err == nil || got > 1<<20 {
 			t.Errorf("%s: %v, allocated %d", name, err, got)
 		}
 	}
@@ -7287,7 +7294,7 @@ func FuzzMessages(f *testing.F) {
 		m := kind.new()
 		pduDecode(t, m, kind.bytes)
 		var err error
-		if got := pduAllocated(func() { err = m.UnmarshalBinary(data) }); got > pduAllocLimit(data) {
+		if got := pduAllocated(pduAllocLimit(data), func() { err = m.UnmarshalBinary(data) }); got > pduAllocLimit(data) {
 			t.Errorf("%d bytes allocate %d", len(data), got)
 		}
 		if err != nil {
@@ -7673,7 +7680,7 @@ func TestAHandlerThatEndsItsGoroutineIsAnError(t *testing.T) {
 		rpc.HandleDownload(s, "exit", func(context.Context, *text) (*text, io.ReadCloser, error) { exit(); return nil, nil, nil })
 		rpc.HandleUpload(s, "exit", func(context.Context, *text, io.Reader) (*text, error) { exit(); return nil, nil })
 	}, func(t *testing.T, c *rpc.Client) {
-		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		for range 3 {
 			if err := c.Call(ctx, "exit", nil, nil); rpc.CodeOf(err) != rpc.Internal {
@@ -7896,14 +7903,14 @@ func TestALoggerMayUseTheClient(t *testing.T) {
 	go func() { done <- c.Call(ctx, "m", nil, nil) }()
 	select {
 	case <-done:
-	case <-time.After(3 * time.Second):
+	case <-time.After(30 * time.Second):
 		t.Error("Call hangs in spite of its ctx")
 	}
 	closed := make(chan struct{})
 	go func() { c.Close(); close(closed) }()
 	select {
 	case <-closed:
-	case <-time.After(3 * time.Second):
+	case <-time.After(30 * time.Second):
 		t.Error("Close hangs")
 	}
 }
