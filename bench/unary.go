@@ -79,8 +79,9 @@ func parallel(name string, callers int, while time.Duration, call func(caller in
 		time.AfterFunc(while, func() { over.Store(true) })
 		atOnce(callers, func(i int) {
 			n := int64(0)
-			for ; !over.Load(); n++ {
+			for done := false; !done; n++ { // one at least
 				call(i)
+				done = over.Load()
 			}
 			calls.Add(n)
 		})
