@@ -14,6 +14,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"runtime/metrics"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -70,7 +71,9 @@ func roleTarget() {
 		var m runtime.MemStats
 		runtime.ReadMemStats(&m)
 		st := s.Stats()
-		return &rpc.PingRes{Echo: fmt.Sprint(m.HeapInuse+m.StackInuse, runtime.NumGoroutine(), running.Load(), peak.Load(), ended.Load(),
+		live := []metrics.Sample{{Name: "/gc/heap/live:bytes"}} // of the collection: what came since may be garbage
+		metrics.Read(live)
+		return &rpc.PingRes{Echo: fmt.Sprint(live[0].Value.Uint64()+m.StackInuse, runtime.NumGoroutine(), running.Load(), peak.Load(), ended.Load(),
 			st.OpenConns, st.HandshakesRefused)}, nil
 	})
 	l := roleListen()
@@ -162,7 +165,7 @@ func (g *target) served(from net.IP) (time.Duration, error) {
 func (g *target) flat(name string, limit int64) {
 	g.t.Helper()
 	grown := g.state().memory - g.before.memory
-	for try := 0; try < 5 && grown > limit; try++ { // what came between the collection and the figure is not what it holds
+	for try := 0; try < 5 && grown > limit; try++ { // what comes during a collection is not found to be garbage
 		pause()
 		grown = min(grown, g.state().memory-g.before.memory)
 	}
