@@ -80,16 +80,23 @@ func writerMain(args []string) {
 	switch args[1] {
 	case "hangs", "stubborn", "dies":
 		os.Stdout.Close()
-		for s := range heard {
-			note(args[2], s.String())
+		for args[1] != "dies" {
+			note(args[2], (<-heard).String())
 			if args[1] == "hangs" {
 				os.Exit(1)
 			}
 		}
-		select {}
+		hang()
 	default:
 		status, _ := strconv.Atoi(args[1])
 		os.Exit(status)
+	}
+}
+
+// hang never returns. To wait for nothing at all would not do: without cgo the runtime calls that a deadlock and ends the program.
+func hang() {
+	for {
+		time.Sleep(time.Hour)
 	}
 }
 
@@ -112,7 +119,7 @@ func readerMain(args []string) {
 		io.CopyN(io.Discard, os.Stdin, n)
 	}
 	if args[1] == "hangs" {
-		select {}
+		hang()
 	}
 	fmt.Fprint(os.Stderr, "no such pool\n")
 	status, _ := strconv.Atoi(args[1])
