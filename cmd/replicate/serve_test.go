@@ -522,7 +522,9 @@ func TestJSONOutputIsOneObjectALine(t *testing.T) {
 			if err := json.Unmarshal([]byte(line), &e); err != nil {
 				t.Fatalf("%q: %v", line, err)
 			}
-			events = append(events, e.Event)
+			if e.Event != "progress" { // there is one a second, if the disk is slow
+				events = append(events, e.Event)
+			}
 		}
 		if got := strings.Join(events, " "); got != want && !(command == "push -n" && got == "summary") {
 			t.Errorf("%s: %s, want %s", command, got, want)
