@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -44,18 +43,17 @@ func startSSHD(t testing.TB) *sshHost {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &sshHost{t: t, dir: t.TempDir(), user: me.Username, port: freePort(t)}
+	h := &sshHost{t: t, dir: t.TempDir(), user: me.Username}
 	h.key, h.authorizedKeys = h.makeKey("id"), filepath.Join(h.dir, "authorized_keys")
-	h.write("sshd_config", fmt.Sprintf("ListenAddress 127.0.0.1:%d\nHostKey %s\nPidFile none\nAuthorizedKeysFile %s\nStrictModes no\nUsePAM no\n"+
-		"PermitRootLogin prohibit-password\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nMaxStartups 100\n", h.port, h.makeKey("host"), h.authorizedKeys))
-	public, err := os.ReadFile(filepath.Join(h.dir, "host.pub"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	h.write("known_hosts", fmt.Sprintf("[127.0.0.1]:%d %s", h.port, public))
+	h.makeKey("host")
 	h.program = h.client("known_hosts")
-	h.start()
-	return h
+	for range 5 {
+		if h.port = freePort(t); h.start() { // unless something else has got the port meanwhile
+			return h
+		}
+	}
+	t.Fatal("sshd does not listen: ", &h.log)
+	return nil
 }
 
 func freePort(t testing.TB) int {
@@ -65,6 +63,24 @@ func freePort(t testing.TB) int {
 	}
 	defer l.Close()
 	return l.Addr().(*net.TCPAddr).Port
+}
+
+// deafPort is a port that nothing listens on, and that nothing else gets until the test has ended.
+func deafPort(t testing.TB) int {
+	t.Helper()
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Close(fd) })
+	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	addr, err := syscall.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return addr.(*syscall.SockaddrInet4).Port
 }
 
 func (h *sshHost) write(name, text string) string {
@@ -89,8 +105,17 @@ func (h *sshHost) client(knownHosts string) string {
 	return h.write("ssh-"+knownHosts, fmt.Sprintf("#!/bin/sh\nexec ssh -F %s \"$@\"\n", config))
 }
 
-func (h *sshHost) start() {
+// start tells whether sshd could have the port.
+func (h *sshHost) start() bool {
 	h.t.Helper()
+	public, err := os.ReadFile(filepath.Join(h.dir, "host.pub"))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.write("known_hosts", fmt.Sprintf("[127.0.0.1]:%d %s", h.port, public))
+	h.write("sshd_config", fmt.Sprintf("ListenAddress 127.0.0.1:%d\nHostKey %s\nPidFile none\nAuthorizedKeysFile %s\nStrictModes no\nUsePAM no\n"+
+		"PermitRootLogin prohibit-password\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nMaxStartups 100\n",
+		h.port, filepath.Join(h.dir, "host"), h.authorizedKeys))
 	if os.Geteuid() == 0 {
 		os.MkdirAll("/run/sshd", 0o755) // where Debian's sshd, started as root, puts its unprivileged part
 	}
@@ -101,20 +126,29 @@ func (h *sshHost) start() {
 	if err := cmd.Start(); err != nil {
 		h.t.Fatal(err)
 	}
+	ended := make(chan struct{})
+	go func() { // ends with sshd, which the cleanup waits for
+		defer close(ended)
+		cmd.Wait()
+	}()
 	h.t.Cleanup(func() {
 		cmd.Process.Signal(syscall.SIGTERM)
-		cmd.Wait()
+		<-ended
 		if h.t.Failed() {
 			h.t.Log("sshd logged:\n", h.log.String())
 		}
 	})
+	listens := false
 	waitFor(h.t, "sshd to listen", func() bool {
-		conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", h.port))
-		if err == nil {
-			conn.Close()
+		listens = strings.Contains(h.log.String(), fmt.Sprintf("listening on 127.0.0.1 port %d", h.port))
+		select {
+		case <-ended:
+			return true
+		default:
+			return listens
 		}
-		return err == nil
 	})
+	return listens
 }
 
 // allow lets the key in, to run just "replicate serve -stdio" with those arguments; without any, whatever it likes.
@@ -157,9 +191,7 @@ func TestSSHPushAndPullWithAForcedCommand(t *testing.T) {
 		t.Errorf("push says\n%s", out)
 	}
 	sameTree(t, source, filepath.Join(sink, "laptop"))
-	if n := strings.Count(h.log.String(), "Accepted publickey"); n < 3 {
-		t.Errorf("%d connections, there should be several at once", n)
-	}
+	waitFor(t, "the log of several connections at once", func() bool { return strings.Count(h.log.String(), "Accepted publickey") >= 3 })
 	if out := mustRun(t, append([]string{"list", "-store", "dir:" + source}, h.peer()...)...); strings.Count(out, " both\n") != 9 {
 		t.Errorf("list says\n%s", out)
 	}
@@ -191,7 +223,7 @@ func TestSSHFailuresSayWhatSSHSaid(t *testing.T) {
 		"a program that is missing there": {nil, []string{"-remote", "no-such-replicate"}, []string{"exit status 127", "no-such-replicate"}, false},
 		"a server that does not start":    {[]string{"-stdio-identity", "laptop", "-sink", "dir:" + sink + "/missing"}, nil, []string{"exit status 1", "there is no such folder"}, true},
 		"a server without a name":         {[]string{"-sink", "dir:" + sink}, nil, []string{"exit status 2", "-stdio-identity"}, true},
-		"nothing listens":                 {[]string{"-sink", "dir:" + sink}, []string{"-peer", fmt.Sprintf("ssh:127.0.0.1:%d", freePort(t))}, []string{"Connection refused"}, true},
+		"nothing listens":                 {[]string{"-sink", "dir:" + sink}, []string{"-peer", fmt.Sprintf("ssh:127.0.0.1:%d", deafPort(t))}, []string{"Connection refused"}, true},
 	} {
 		h.allow(h.key, test.allow...)
 		args := append([]string{"push", "-store", "dir:" + source, "-retry", "1"}, h.peer(test.more...)...)
@@ -277,9 +309,10 @@ func TestSSHConnectionHasDeadlinesAndACloseThatUnblocks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	const tooMuch = 16 << 20 // for any pipe
 	for name, io := range map[string]func() error{
 		"read":  func() error { _, err := conn.Read(make([]byte, 1)); return err },
-		"write": func() error { _, err := conn.Write(make([]byte, 1<<20)); return err },
+		"write": func() error { _, err := conn.Write(make([]byte, tooMuch)); return err },
 	} {
 		conn.SetDeadline(time.Now().Add(20 * time.Millisecond))
 		var timeout net.Error
@@ -289,8 +322,8 @@ func TestSSHConnectionHasDeadlinesAndACloseThatUnblocks(t *testing.T) {
 		conn.SetDeadline(time.Time{})
 	}
 	ended := make(chan error, 2)
-	go func() { _, err := conn.Read(make([]byte, 1)); ended <- err }()      // ends with the Close below; waited for
-	go func() { _, err := conn.Write(make([]byte, 1<<20)); ended <- err }() // the same
+	go func() { _, err := conn.Read(make([]byte, 1)); ended <- err }()        // ends with the Close below; waited for
+	go func() { _, err := conn.Write(make([]byte, tooMuch)); ended <- err }() // the same
 	conn.Close()
 	conn.Close()
 	for range 2 {
@@ -319,23 +352,24 @@ func TestSSHThatEndsEndsNoOther(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var conns [2]net.Conn
-	for i := range conns {
-		if conns[i], err = connecter.Connect(context.Background()); err != nil {
-			t.Fatal(err)
-		}
-		defer conns[i].Close()
-		conns[i].SetReadDeadline(time.Now().Add(500 * time.Millisecond)) // it is up when the next one looks for it
-		if _, err := conns[i].Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Fatal(err)
-		}
+	var peers [2]*rpc.Client
+	for i := range peers {
+		only := make(chan rpc.Connecter, 1)
+		only <- connecter
+		peers[i] = rpc.NewClient(rpc.ConnecterFunc(func(ctx context.Context) (net.Conn, error) {
+			select {
+			case c := <-only:
+				return c.Connect(ctx)
+			default:
+				return nil, errors.New("it has had its connection")
+			}
+		}), rpc.ClientConfig{HandshakeTimeout: patience})
+		defer peers[i].Close()
+		filesystems(t, peers[i]) // it is up when the next one looks for it
 	}
-	conns[0].Close()
+	peers[0].Close()
 	p.wait()
-	conns[1].SetReadDeadline(time.Now().Add(500 * time.Millisecond))
-	if _, err := conns[1].Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("the other one: %v", err)
-	}
+	filesystems(t, peers[1])
 }
 
 // What sshd gave the server as stderr is closed when the client is gone, and a log must not be the end of the server then: it
@@ -398,9 +432,10 @@ func TestInterruptedPushOverSSHLeavesNoChild(t *testing.T) {
 		t.Errorf("%v: %s", err, &p.log)
 	}
 	waitFor(t, "the command there to end", func() bool { return !exists("/proc/" + pid) })
-	running, _ := exec.Command("pgrep", "-f", h.dir+"/ssh_config").Output()
-	if len(bytes.TrimSpace(running)) > 0 {
-		t.Errorf("ssh still runs: %s", running)
+	for _, command := range commandLines(t) {
+		if strings.Contains(command, h.dir+"/ssh_config") {
+			t.Errorf("still there: %s", command)
+		}
 	}
 }
 
