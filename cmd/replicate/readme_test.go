@@ -55,7 +55,7 @@ func followREADME(t *testing.T, commands []string) {
 
 func TestRealREADMEsFiveCommandsForZFS(t *testing.T) {
 	startZFSFuse(t)
-	if exec.Command("zfs", "list", "tank").Run() == nil || exec.Command("zfs", "list", "backup").Run() == nil {
+	if succeeds("zfs", "list", "tank") || succeeds("zfs", "list", "backup") {
 		skip(t, "this host has a pool of the README's name")
 	}
 	commands := readmeCommands(t, "Replicate ZFS in five commands")
@@ -64,10 +64,7 @@ func TestRealREADMEsFiveCommandsForZFS(t *testing.T) {
 	}
 	mnt := t.TempDir()
 	for _, pool := range []string{"tank", "backup"} {
-		tool(t, "zpool", "create", "-m", filepath.Join(mnt, pool), pool, image(t, 64))
-		t.Cleanup(func() {
-			waitFor(t, "the pool to be destroyed", func() bool { return exec.Command("zpool", "destroy", "-f", pool).Run() == nil })
-		})
+		createPool(t, pool, filepath.Join(mnt, pool), image(t, 64))
 	}
 	tool(t, "zfs", "create", "tank/home")
 	put(t, mnt, "tank/home/file", noise(100_000), 1)

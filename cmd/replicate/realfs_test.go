@@ -54,6 +54,12 @@ func tool(t testing.TB, program string, args ...string) string {
 	return string(out)
 }
 
+// succeeds tells whether a program that may fail does not.
+func succeeds(program string, args ...string) bool {
+	path, err := findProgram(program)
+	return err == nil && exec.Command(path, args...).Run() == nil
+}
+
 // volume is a real file system, with a store on it.
 type volume interface {
 	store() string // its name, as a STORE
@@ -157,7 +163,7 @@ func (v *btrfsVolume) destroy(t testing.TB, filesystem, name string) {
 }
 
 func (v *btrfsVolume) safe(_ testing.TB, filesystem, name string) bool {
-	return exec.Command("btrfs", "subvolume", "delete", filepath.Join(v.live(versionsPath(filesystem)), name)).Run() != nil
+	return !succeeds("btrfs", "subvolume", "delete", filepath.Join(v.live(versionsPath(filesystem)), name))
 }
 
 func (v *btrfsVolume) open(t testing.TB, client, filesystem, version string, read func(dir string)) {
@@ -187,11 +193,29 @@ func (v *btrfsVolume) halfDone(t testing.TB) []string {
 	return found
 }
 
-// zfsFuse is the daemon, which is one for the machine: the first test that needs it starts it, and TestMain ends it.
+// zfsFuse is the daemon, which is one for the machine: the first test that needs it starts it, and TestMain ends it. If the tests
+// are killed, it ends too, and their pools are in no file from which the next one would import them.
 var zfsFuse struct {
 	once  sync.Once
+	lock  *os.File // of the one run of these tests that may have it
 	log   tail
 	ready bool
+}
+
+// lockZFSFuse waits until no other run of these tests has the daemon: at its end it would be gone.
+func lockZFSFuse(t testing.TB) {
+	t.Helper()
+	var err error
+	if zfsFuse.lock, err = os.OpenFile("/run/replicate-test-zfs-fuse.lock", os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	begun := time.Now()
+	for syscall.Flock(int(zfsFuse.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) != nil {
+		if time.Since(begun) > 5*patience {
+			t.Fatal("another run of these tests has zfs-fuse")
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
 }
 
 func startZFSFuse(t testing.TB) {
@@ -200,19 +224,25 @@ func startZFSFuse(t testing.TB) {
 	if _, err := os.Stat("/dev/fuse"); err != nil {
 		skip(t, "there is no /dev/fuse")
 	}
-	answers := func() bool { return exec.Command("zpool", "list").Run() == nil }
+	answers := func() bool { return succeeds("zpool", "list") }
 	zfsFuse.once.Do(func() {
+		lockZFSFuse(t)
 		if zfsFuse.ready = answers(); zfsFuse.ready {
 			return // somebody else's: it is left running
 		}
-		cmd := exec.Command("zfs-fuse", "--no-daemon", "--no-kstat-mount", "--max-arc-size", "64", "--pidfile", "/dev/null")
+		program, _ := findProgram("zfs-fuse")
+		cmd := exec.Command(program, "--no-daemon", "--no-kstat-mount", "--max-arc-size", "64", "--pidfile", "/dev/null")
 		cmd.Stdout, cmd.Stderr, cmd.WaitDelay = &zfsFuse.log, &zfsFuse.log, time.Second
 		apart(cmd)
+		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+		cmd.ExtraFiles = []*os.File{zfsFuse.lock} // until it has ended
 		if err := cmd.Start(); err != nil {
+			fmt.Fprint(&zfsFuse.log, err)
 			return
 		}
 		atEnd = append(atEnd, func() {
 			cmd.Process.Signal(syscall.SIGTERM)
+			defer time.AfterFunc(patience, func() { cmd.Process.Kill() }).Stop()
 			cmd.Wait()
 		})
 		waitFor(t, "zfs-fuse to answer", func() bool { zfsFuse.ready = answers(); return zfsFuse.ready })
@@ -237,11 +267,16 @@ func newZFSVolume(t testing.TB, megabytes int, sink bool) volume {
 	if sink {
 		mountpoint = "none"
 	}
-	tool(t, "zpool", "create", "-m", mountpoint, v.pool, file)
-	t.Cleanup(func() {
-		waitFor(t, "the pool to be destroyed", func() bool { return exec.Command("zpool", "destroy", "-f", v.pool).Run() == nil })
-	})
+	createPool(t, v.pool, mountpoint, file)
 	return v
+}
+
+func createPool(t testing.TB, pool, mountpoint, file string) {
+	t.Helper()
+	tool(t, "zpool", "create", "-o", "cachefile=none", "-m", mountpoint, pool, file)
+	t.Cleanup(func() {
+		waitFor(t, "the pool to be destroyed", func() bool { return succeeds("zpool", "destroy", "-f", pool) })
+	})
 }
 
 func (v *zfsVolume) store() string                    { return "zfs:" + v.pool }
@@ -256,8 +291,8 @@ func (v *zfsVolume) create(t testing.TB, filesystem string) {
 func (v *zfsVolume) rename(t testing.TB, from, to string) {
 	t.Helper()
 	tool(t, "zfs", "unmount", v.dataset(from)) // zfs-fuse renames nothing that is mounted, or was a moment ago
-	waitFor(t, "it to be renamed", func() bool { return exec.Command("zfs", "rename", v.dataset(from), v.dataset(to)).Run() == nil })
-	if exec.Command("zfs", "mount", v.dataset(to)).Run() != nil && !exists(filepath.Join(v.live(to), "file-of-one")) {
+	waitFor(t, "it to be renamed", func() bool { return succeeds("zfs", "rename", v.dataset(from), v.dataset(to)) })
+	if !succeeds("zfs", "mount", v.dataset(to)) && !exists(filepath.Join(v.live(to), "file-of-one")) {
 		t.Fatal("it is not mounted")
 	}
 }
@@ -284,7 +319,7 @@ func (v *zfsVolume) open(t testing.TB, client, filesystem, version string, read 
 	clone := v.pool + "/opened"
 	tool(t, "zfs", "clone", "-o", "mountpoint="+dir, filepath.Join(v.pool, client, filesystem)+"@"+version, clone)
 	defer func() {
-		waitFor(t, "the clone to be destroyed", func() bool { return exec.Command("zfs", "destroy", clone).Run() == nil })
+		waitFor(t, "the clone to be destroyed", func() bool { return succeeds("zfs", "destroy", clone) })
 	}()
 	read(dir)
 }
