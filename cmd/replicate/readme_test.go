@@ -3,11 +3,11 @@
 package main
 
 import (
-	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -30,8 +30,9 @@ func readmeCommands(t *testing.T, section string) []string {
 	return strings.Split(block, "\n")
 }
 
-// followREADME types the commands into a shell, as they stand there, with replicate in its PATH.
-func followREADME(t *testing.T, commands []string) {
+// followREADME types the commands into a shell, as they stand there, with replicate in its PATH, after others that prepare a place
+// for that. The shell has a network and mounts of its own: what else there is on the host has its ports and its folders.
+func followREADME(t *testing.T, commands []string, before ...string) {
 	t.Helper()
 	bin, dir := t.TempDir(), t.TempDir()
 	self, _ := os.Executable()
@@ -40,10 +41,11 @@ func followREADME(t *testing.T, commands []string) {
 		t.Fatal(err)
 	}
 	// The shell ends when the server does that it left in the background.
-	shell := exec.Command("sh", "-e", "-c", strings.Join(commands, "\n")+"\nkill $!\nwait $!\n")
+	all := slices.Concat([]string{"ip link set lo up"}, before, commands, []string{"kill $!", "wait $!", ""})
+	shell := exec.Command("sh", "-e", "-c", strings.Join(all, "\n"))
 	shell.Dir = dir
 	shell.Env = append(os.Environ(), "PATH="+bin+":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-	shell.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	shell.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Unshareflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
 	shell.Cancel, shell.WaitDelay = nil, time.Second
 	out, err := shell.CombinedOutput()
 	if err != nil {
@@ -54,6 +56,7 @@ func followREADME(t *testing.T, commands []string) {
 }
 
 func TestRealREADMEsFiveCommandsForZFS(t *testing.T) {
+	needRootAnd(t, "ip")
 	startZFSFuse(t)
 	if succeeds("zfs", "list", "tank") || succeeds("zfs", "list", "backup") {
 		skip(t, "this host has a pool of the README's name")
@@ -77,40 +80,30 @@ func TestRealREADMEsFiveCommandsForZFS(t *testing.T) {
 }
 
 func TestRealREADMEsFiveCommandsForBtrfs(t *testing.T) {
-	needRootAnd(t, "btrfs", "mkfs.btrfs", "losetup")
-	for _, dir := range []string{"/mnt/data", "/mnt/backup"} {
-		if err := os.Mkdir(dir, 0o700); errors.Is(err, os.ErrExist) {
-			skip(t, "this host has the README's folder %s", dir)
-		} else if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { os.Remove(dir) })
-	}
+	needRootAnd(t, "ip", "mount")
 	commands := readmeCommands(t, "Replicate btrfs in five commands")
 	if len(commands) != 5 {
 		t.Errorf("%d commands", len(commands))
 	}
-	var source *btrfsVolume
-	for _, dir := range []string{"/mnt/data", "/mnt/backup"} {
-		v := newBtrfsVolume(t, 128, false).(*btrfsVolume)
-		if err := syscall.Mount(v.dir, dir, "", syscall.MS_BIND, ""); err != nil {
+	source, sink := newBtrfsVolume(t, 128, false).(*btrfsVolume), newBtrfsVolume(t, 128, true).(*btrfsVolume)
+	mnt := t.TempDir()
+	var before []string
+	for name, v := range map[string]*btrfsVolume{"data": source, "backup": sink} {
+		dir := filepath.Join(mnt, name)
+		if err := os.Mkdir(dir, 0o700); err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() {
-			waitFor(t, dir+" to be unmounted", func() bool { return syscall.Unmount(dir, 0) == nil })
-		})
-		if source == nil {
-			source = v
-		}
+		before = append(before, "mount --bind "+v.dir+" "+dir)
 	}
+	before = append(before, "mount --rbind "+mnt+" /mnt")
 	source.create(t, "home")
 	want := fill(t, source, "home", "file", 100)
-	followREADME(t, commands)
-	path := regexp.MustCompile("`(/mnt/backup/[^`]*)`").FindStringSubmatch(readme(t))
+	followREADME(t, commands, before...)
+	path := regexp.MustCompile("`/mnt/backup/([^`]*)`").FindStringSubmatch(readme(t))
 	if path == nil {
 		t.Fatal("the README does not say where the copy is")
 	}
-	if got := sumFiles(t, path[1]); len(got) != 1 || got["file"] != want["file"] {
+	if got := sumFiles(t, filepath.Join(sink.dir, path[1])); len(got) != 1 || got["file"] != want["file"] {
 		t.Errorf("there are %d files", len(got))
 	}
 }
