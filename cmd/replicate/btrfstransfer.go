@@ -163,7 +163,7 @@ func (s *btrfsStore) Receive(ctx context.Context, req *rpc.ReceiveReq, r io.Read
 	if err != nil {
 		return nil, rpc.Errorf(rpc.InvalidArgument, "%v", err)
 	}
-	folder, release, err := openLocked(s.busy, s.prefix, req.Filesystem, s.folder)
+	folder, lock, release, err := openLocked(s.busy, s.prefix, req.Filesystem, s.folder)
 	if err != nil {
 		return nil, err
 	}
@@ -174,7 +174,7 @@ func (s *btrfsStore) Receive(ctx context.Context, req *rpc.ReceiveReq, r io.Read
 	if err := s.checkFree(ctx, folder, req.Filesystem, *req.To); err != nil {
 		return nil, err
 	}
-	if err := s.receiveVersion(ctx, folder, req.Filesystem, *req.To, r); err != nil {
+	if err := s.receiveVersion(ctx, folder, lock, req.Filesystem, *req.To, r); err != nil {
 		return nil, err
 	}
 	return new(rpc.ReceiveRes), nil
@@ -192,7 +192,7 @@ func (s *btrfsStore) checkFree(ctx context.Context, folder *os.Root, filesystem 
 	return rpc.Errorf(rpc.AlreadyExists, "there is another %q already; nothing is overwritten", to.Name)
 }
 
-func (s *btrfsStore) receiveVersion(ctx context.Context, folder *os.Root, filesystem string, to rpc.FilesystemVersion, r io.Reader) error {
+func (s *btrfsStore) receiveVersion(ctx context.Context, folder *os.Root, lock *os.File, filesystem string, to rpc.FilesystemVersion, r io.Reader) error {
 	name, guid, head, err := readBtrfsFirst(r)
 	if err != nil {
 		return err
@@ -204,7 +204,9 @@ func (s *btrfsStore) receiveVersion(ctx context.Context, folder *os.Root, filesy
 		return err
 	}
 	commands := &btrfsCommands{r: r, devices: withoutDevices(s.path)}
-	err = feedChild(ctx, s.btrfs, []string{"receive", "-q", "-e", "-C", s.argument(filesystem, "")}, head, commands)
+	// If this process is killed, the child goes on until it has read what it was sent: meanwhile nothing may be received
+	// under the same name.
+	err = feedChild(ctx, s.btrfs, []string{"receive", "-q", "-e", "-C", s.argument(filesystem, "")}, head, commands, lock)
 	// Whether or not the peer is still there: what arrived is kept, the rest is deleted.
 	// Each command has its own time: what is still to be written may be gigabytes, on a slow disk.
 	ctx = context.WithoutCancel(ctx)

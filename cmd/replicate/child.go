@@ -107,8 +107,8 @@ type child struct {
 func toolEnv() []string { return append(os.Environ(), "LC_ALL=C", "TZ=UTC") }
 
 // startChild starts a program whose stdin and stdout are those ends of pipes (nil: nothing), which are closed here: the
-// child has its own copies.
-func startChild(program string, args []string, stdin, stdout *os.File) (*child, error) {
+// child has its own copies. It keeps lock (nil: none) open until it has ended, even if this process ends first.
+func startChild(program string, args []string, stdin, stdout, lock *os.File) (*child, error) {
 	c := &child{cmd: exec.Command(program, args...), done: make(chan struct{})}
 	c.name = filepath.Base(program)
 	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
@@ -118,6 +118,9 @@ func startChild(program string, args []string, stdin, stdout *os.File) (*child, 
 	apart(c.cmd)
 	c.cmd.Stderr = &c.stderr
 	c.cmd.WaitDelay = childGrace // a grandchild that keeps stderr open is not waited for
+	if lock != nil {
+		c.cmd.ExtraFiles = []*os.File{lock}
+	}
 	if stdin != nil {
 		c.cmd.Stdin = stdin
 		defer stdin.Close()
@@ -205,7 +208,7 @@ func startStream(program string, args []string, fails func(error) error, release
 		release()
 		return nil, err
 	}
-	c, err := startChild(program, args, nil, w)
+	c, err := startChild(program, args, nil, w, nil)
 	if err != nil {
 		r.Close()
 		release()
@@ -235,14 +238,14 @@ func (s *childStream) Close() error {
 }
 
 // feedChild runs a child that receives: it gets head, then what r has to its end. It succeeds if the child took all of that
-// and says that all went well. When ctx ends, so does the child.
-func feedChild(ctx context.Context, program string, args []string, head []byte, r io.Reader) error {
+// and says that all went well. When ctx ends, so does the child. The child keeps lock, if it is not nil.
+func feedChild(ctx context.Context, program string, args []string, head []byte, r io.Reader, lock *os.File) error {
 	in, w, err := os.Pipe()
 	if err != nil {
 		return err
 	}
 	defer w.Close()
-	c, err := startChild(program, args, in, nil)
+	c, err := startChild(program, args, in, nil, lock)
 	if err != nil {
 		return err
 	}

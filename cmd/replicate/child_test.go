@@ -204,7 +204,7 @@ func TestReceivingChildGetsAllAndItsFailureIsTheError(t *testing.T) {
 	become(t, "reader")
 	notes := filepath.Join(t.TempDir(), "notes")
 	feed := func(ctx context.Context, r io.Reader, args ...string) error {
-		return feedChild(ctx, os.Args[0], append(args, notes), []byte("head"), r)
+		return feedChild(ctx, os.Args[0], append(args, notes), []byte("head"), r, nil)
 	}
 	if err := feed(context.Background(), bytes.NewReader(noise(500000)), "-1", "0"); err != nil {
 		t.Error(err)

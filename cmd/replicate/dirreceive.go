@@ -73,7 +73,7 @@ func (s *dirStore) Receive(_ context.Context, req *rpc.ReceiveReq, r io.Reader) 
 	if err := checkReceive(req); err != nil {
 		return nil, rpc.Errorf(rpc.InvalidArgument, "%v", err)
 	}
-	folder, release, err := openLocked(s.busy, s.prefix, req.Filesystem, s.folder)
+	folder, _, release, err := openLocked(s.busy, s.prefix, req.Filesystem, s.folder)
 	if err != nil {
 		return nil, err
 	}
@@ -90,24 +90,24 @@ func (s *dirStore) Receive(_ context.Context, req *rpc.ReceiveReq, r io.Reader) 
 }
 
 // openLocked opens the folder of a filesystem, made if need be, and keeps other transfers out of it until release is called:
-// those of this process and of others. release closes the folder too.
-func openLocked(busy *busyPaths, prefix, filesystem string, open func(string, missing) (*os.Root, error)) (folder *os.Root, release func(), err error) {
+// those of this process and of others. lock is for children that work on the folder, nil where there is none. release closes
+// both.
+func openLocked(busy *busyPaths, prefix, filesystem string, open func(string, missing) (*os.Root, error)) (folder *os.Root, lock *os.File, release func(), err error) {
 	free, ok := busy.acquire(prefix + filesystem)
 	if !ok {
-		return nil, nil, rpc.Errorf(rpc.Aborted, "filesystem %q is being received by another transfer", filesystem)
+		return nil, nil, nil, rpc.Errorf(rpc.Aborted, "filesystem %q is being received by another transfer", filesystem)
 	}
 	folder, err = open(filesystem, makeMissing)
 	if err != nil {
 		free()
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
-	unlock, err := lockFolder(folder)
-	if err != nil {
+	if lock, err = lockFolder(folder); err != nil {
 		folder.Close()
 		free()
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
-	return folder, func() { unlock(); folder.Close(); free() }, nil
+	return folder, lock, func() { lock.Close(); folder.Close(); free() }, nil
 }
 
 // also adds an error that came up while another was dealt with.

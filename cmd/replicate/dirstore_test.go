@@ -489,19 +489,36 @@ func TestOtherProcessReceivingIsNoticed(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer folder.Close()
-	release, err := lockFolder(folder) // as another process would: the lock is that of the open folder
+	lock, err := lockFolder(folder) // as another process would: the lock is that of the open folder
 	if err != nil {
 		t.Fatal(err)
 	}
 	if again, err := lockFolder(folder); err == nil {
-		again()
-		release()
+		again.Close()
+		lock.Close()
 		t.Skip("there is no such lock on this system")
 	}
 	if err := receive(sink, "f", v, bytes.NewReader(stream)); rpc.CodeOf(err) != rpc.Aborted {
 		t.Errorf("error is %v", err)
 	}
-	release()
+	// A child that still works on the folder has the lock, though who started it is gone.
+	become(t, "reader")
+	in, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	child, err := startChild(os.Args[0], []string{"-1", "0", filepath.Join(t.TempDir(), "notes")}, in, nil, lock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lock.Close()
+	if err := receive(sink, "f", v, bytes.NewReader(stream)); rpc.CodeOf(err) != rpc.Aborted {
+		t.Errorf("error is %v", err)
+	}
+	w.Close()
+	if err := child.wait(); err != nil {
+		t.Error(err)
+	}
 	if err := receive(sink, "f", v, bytes.NewReader(stream)); err != nil {
 		t.Error(err)
 	}

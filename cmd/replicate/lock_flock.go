@@ -10,9 +10,10 @@ import (
 	"example.org/rpc"
 )
 
-// lockFolder keeps other processes from receiving into the folder until release is called, or this process ends in
-// whatever way. Two that write to one partial file would make a version of it that has holes.
-func lockFolder(folder *os.Root) (release func(), err error) {
+// lockFolder keeps other processes from receiving into the folder until the lock is closed, or this process ends in
+// whatever way, and those of its children that were given it. Two that write to one partial file would make a version of it
+// that has holes.
+func lockFolder(folder *os.Root) (lock *os.File, err error) {
 	f, err := folder.Open(".")
 	if err != nil {
 		return nil, withoutPath(err)
@@ -26,5 +27,5 @@ func lockFolder(folder *os.Root) (release func(), err error) {
 		f.Close()
 		return nil, rpc.Errorf(rpc.Aborted, "the filesystem is being received by another process")
 	}
-	return func() { f.Close() }, nil // some network file systems cannot lock: then it is as on other systems
+	return f, nil // some network file systems cannot lock: then it is as on other systems
 }

@@ -4,6 +4,6 @@ package main
 
 import "os"
 
-// lockFolder does nothing here: there is no lock that the system is sure to take back when a process ends. One process at
+// lockFolder gives no lock here: there is no lock that the system is sure to take back when a process ends. One process at
 // a time may receive into a store.
-func lockFolder(*os.Root) (release func(), err error) { return func() {}, nil }
+func lockFolder(*os.Root) (lock *os.File, err error) { return nil, nil }

@@ -126,7 +126,7 @@ func (d *sshDialer) Connect(ctx context.Context) (net.Conn, error) {
 		ours.Close()
 		return nil, err
 	}
-	c, err := startChild(d.program, d.args, in, out)
+	c, err := startChild(d.program, d.args, in, out, nil)
 	if err != nil {
 		ours.Close()
 		theirs.Close()

@@ -98,7 +98,7 @@ func (s *zfsStore) Receive(ctx context.Context, req *rpc.ReceiveReq, r io.Reader
 	if err := s.makeParents(ctx, t.dataset); err != nil {
 		return nil, err
 	}
-	if err := feedChild(ctx, s.zfs.program, s.zfs.receiveArgs(t), record, r); err != nil {
+	if err := feedChild(ctx, s.zfs.program, s.zfs.receiveArgs(t), record, r, nil); err != nil {
 		return nil, zfsReceiveError(err)
 	}
 	return new(rpc.ReceiveRes), s.settle(ctx, t, *req.To)
