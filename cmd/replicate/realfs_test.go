@@ -214,7 +214,7 @@ func lockZFSFuse(t testing.TB) {
 		if time.Since(begun) > 5*patience {
 			t.Fatal("another run of these tests has zfs-fuse")
 		}
-		time.Sleep(100 * time.Millisecond)
+		<-time.After(100 * time.Millisecond)
 	}
 }
 
