@@ -65,6 +65,9 @@ func main() {
 	rounds := flag.Int("rounds", 0, "how many rounds; 0: 9, or 3 with -quick")
 	flag.Parse()
 	pattern, err := regexp.Compile(*only)
+	if err == nil && *out != "" {
+		err = os.MkdirAll(*out, 0o755) // before the measuring, which takes minutes
+	}
 	if err != nil || flag.NArg() > 0 || *rounds < 0 {
 		fmt.Fprintln(os.Stderr, cmp.Or(err, fmt.Errorf("bad arguments")))
 		flag.Usage()
