@@ -39,7 +39,7 @@ import (
 // ---- Flags, figures, roles ----------------------------------------------------------------------------------------
 
 var (
-	soak     = flag.Duration("soak", 0, "how long the soak runs (0: a few seconds); other tests try more, too")
+	soak     = flag.Duration("soak", 0, "how long the soak runs (0: a few seconds), for which go test needs a longer -timeout; other tests try more, too")
 	soakSeed = flag.Uint64("soakseed", 0, "the seed of the soak (0: another each time)")
 )
 
