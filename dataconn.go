@@ -709,13 +709,14 @@ func (d *dataServer) sayGoaway() {
 	heartbeat := d.c.theirs.heartbeat
 	wait := max(lingerTime, heartbeat+heartbeat/watchesPerInterval-time.Since(d.ended))
 	const watches = patience * watchesPerInterval
-	for quiet := 0; quiet < watches; quiet++ { // they are counted as those of the pulse are, and for the same reason
+	for quiet := 0; quiet < watches; { // they are counted as those of the pulse are, and for the same reason
 		d.c.setReadDeadline(time.Now().Add(wait / watches))
 		n, err := d.c.readSome(d.c.buf)
-		if n > 0 {
-			quiet, wait = -1, patience*heartbeat
-		} else if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			break
+		}
+		if quiet++; n > 0 {
+			quiet, wait = 0, patience*heartbeat
 		}
 	}
 	d.c.close()
