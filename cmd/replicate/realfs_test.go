@@ -601,6 +601,29 @@ func TestRealKill9OfTheServer(t *testing.T) {
 	})
 }
 
+// pushAndEnd starts a push that is a process of its own, has end see to its end when 9 MiB have passed, and returns when it has
+// ended. Meanwhile nothing passes.
+func (r *replicas) pushAndEnd(t testing.TB, addr string, end func(*process, *relay)) *process {
+	t.Helper()
+	relay := startRelay(t, addr, 1, 9<<20)
+	var pusher *process
+	ready, ended := make(chan struct{}), make(chan struct{})
+	relay.setTrip(func() {
+		<-ready
+		end(pusher, relay)
+		close(ended)
+	})
+	pusher = startProcess(t, r.push(relay.Addr().String())...)
+	close(ready)
+	select {
+	case <-ended:
+	case <-time.After(patience):
+		t.Fatalf("it did not send so much, or did not stop:\n%s", &pusher.log)
+	}
+	pusher.Wait() // again, if end has done so
+	return pusher
+}
+
 func TestRealKill9OfTheClient(t *testing.T) {
 	onEachKind(t, func(t *testing.T, newVolume volumeMaker) {
 		r := newReplicas(t, newVolume, 256)
@@ -608,24 +631,10 @@ func TestRealKill9OfTheClient(t *testing.T) {
 		r.add(t, "db", "one", 1024)
 		r.add(t, "db", "two", 16<<10)
 		server := r.serve(t)
-		relay := startRelay(t, server.addr, 1, 9<<20)
-		killed := make(chan struct{})
-		var pusher *process
-		ready := make(chan struct{})
-		relay.setTrip(func() {
-			<-ready
+		r.pushAndEnd(t, server.addr, func(pusher *process, relay *relay) {
 			pusher.Process.Kill()
 			relay.cut() // or what sockets hold, tens of megabytes, would still arrive
-			close(killed)
 		})
-		pusher = startProcess(t, r.push(relay.Addr().String())...)
-		close(ready)
-		select {
-		case <-killed:
-		case <-time.After(patience):
-			t.Fatalf("it did not send so much:\n%s", &pusher.log)
-		}
-		pusher.Wait()
 		waitFor(t, "the server to give it up", func() bool { return strings.Contains(server.log(), "not received") })
 		r.want.verifyContentOf(t, r, "one")
 		if found := r.sink.halfDone(t); len(found) > 0 {
@@ -645,23 +654,11 @@ func TestRealInterruptedPushStopsCleanly(t *testing.T) {
 		r.add(t, "db", "one", 1024)
 		r.add(t, "db", "two", 64<<10)
 		server := r.serve(t)
-		relay := startRelay(t, server.addr, 1, 9<<20)
-		var pusher *process
-		ready := make(chan struct{})
-		ended := make(chan struct{})
-		relay.setTrip(func() { // nothing passes until it has stopped, and then only the little that was on its way
-			<-ready
+		// Nothing passes until it has stopped, and then only the little that was on its way.
+		pusher := r.pushAndEnd(t, server.addr, func(pusher *process, _ *relay) {
 			pusher.Process.Signal(os.Interrupt)
 			pusher.Wait()
-			close(ended)
 		})
-		pusher = startProcess(t, r.push(relay.Addr().String())...)
-		close(ready)
-		select {
-		case <-ended:
-		case <-time.After(patience):
-			t.Fatalf("it did not send so much, or did not stop:\n%s", &pusher.log)
-		}
 		if pusher.ProcessState.ExitCode() != statusFailed || !strings.Contains(pusher.log.String(), "interrupted") {
 			t.Errorf("%v: %s", pusher.ProcessState, &pusher.log)
 		}
