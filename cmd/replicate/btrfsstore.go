@@ -70,7 +70,7 @@ func (s *btrfsStore) Close() error { return s.root.Close() }
 func (s *btrfsStore) Lineage() lineage { return chained }
 
 func (s *btrfsStore) Sub(name string) (Store, error) {
-	if err := checkBtrfsName(name); err != nil {
+	if err := checkArgument(name); err != nil {
 		return nil, rpc.Errorf(rpc.InvalidArgument, "%v", err)
 	}
 	root, err := openFolder(s.root, name, makeMissing)
@@ -84,31 +84,12 @@ func (s *btrfsStore) ParseResumeToken(token string) (ResumePoint, error) {
 	return ResumePoint{}, fmt.Errorf("resume token %.100q: btrfs has none", token)
 }
 
-// checkBtrfsName is checkName for an argument of btrfs: paths are absolute there, but the name is in messages and streams.
-func checkBtrfsName(name string) error {
-	if err := checkName(name); err != nil {
-		return err
-	}
-	if name[0] == '-' {
-		return fmt.Errorf("name %q begins with a hyphen", name)
-	}
-	return nil
-}
-
 // checkBtrfsPath tells what is wrong with a filesystem's path. The store itself is none: its snapshots would be outside.
 func checkBtrfsPath(path string) error {
 	if path == storeItself {
 		return errors.New("the folder of a btrfs: store is not a filesystem of it")
 	}
-	if err := checkPath(path); err != nil {
-		return err
-	}
-	for name := range strings.SplitSeq(path, "/") {
-		if err := checkBtrfsName(name); err != nil {
-			return fmt.Errorf("path %q: %w", path, err)
-		}
-	}
-	return nil
+	return checkPathOf(path, checkArgument) // arguments have absolute paths, but names are also in messages and streams
 }
 
 // versionsPath is the folder of a filesystem's versions, below the store's.
@@ -180,7 +161,7 @@ func (s *btrfsStore) walk(ctx context.Context, folder *os.Root, prefix string, r
 		return err
 	}
 	for _, name := range names {
-		if checkBtrfsName(name) != nil || !leadsOn(folder, name) {
+		if checkArgument(name) != nil || !leadsOn(folder, name) {
 			continue
 		}
 		next, err := openFolder(folder, name, mustExist)
@@ -240,7 +221,7 @@ func (s *btrfsStore) ListFilesystemVersions(ctx context.Context, req *rpc.ListFi
 		}
 		v, err := s.version(ctx, req.Filesystem, name)
 		if err == nil {
-			err = checkBtrfsName(name)
+			err = checkArgument(name)
 		}
 		if err != nil {
 			s.log.Warn("left out", "filesystem", s.prefix+req.Filesystem, "folder", name, "reason", err)
@@ -309,7 +290,7 @@ func uuidGUID(uuid []byte) uint64 {
 
 // find is the version that the peer saw in the list, as an argument of btrfs.
 func (s *btrfsStore) find(ctx context.Context, filesystem string, want rpc.FilesystemVersion) (string, error) {
-	if err := checkBtrfsName(want.Name); err != nil {
+	if err := checkArgument(want.Name); err != nil {
 		return "", rpc.Errorf(rpc.InvalidArgument, "%v", err)
 	}
 	folder, err := s.folder(filesystem, mustExist)
@@ -330,20 +311,13 @@ func (s *btrfsStore) find(ctx context.Context, filesystem string, want rpc.Files
 	return s.argument(filesystem, want.Name), nil
 }
 
-// DestroySnapshots destroys snapshots that still are what the caller thinks, and says of each why it was not. The passive
-// side does not let clients do that.
+// DestroySnapshots destroys snapshots that still are what the caller thinks.
 func (s *btrfsStore) DestroySnapshots(ctx context.Context, req *rpc.DestroySnapshotsReq) (*rpc.DestroySnapshotsRes, error) {
-	res := new(rpc.DestroySnapshotsRes)
-	for _, v := range req.Snapshots {
-		result := rpc.DestroySnapshotRes{Snapshot: &v}
+	return destroyEach(ctx, req, func(v rpc.FilesystemVersion) error {
 		name, err := s.find(ctx, req.Filesystem, v)
 		if err == nil {
 			_, err = runTool(ctx, s.btrfs, "subvolume", "delete", name)
 		}
-		if err != nil {
-			result.Error = err.Error()
-		}
-		res.Results = append(res.Results, result)
-	}
-	return res, ctx.Err()
+		return err
+	})
 }

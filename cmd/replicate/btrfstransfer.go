@@ -158,7 +158,7 @@ func isArriving(folder *os.Root, version string) bool {
 func (s *btrfsStore) Receive(ctx context.Context, req *rpc.ReceiveReq, r io.Reader) (*rpc.ReceiveRes, error) {
 	err := checkReceive(req)
 	if err == nil {
-		err = checkBtrfsName(req.To.Name)
+		err = checkArgument(req.To.Name)
 	}
 	if err != nil {
 		return nil, rpc.Errorf(rpc.InvalidArgument, "%v", err)
@@ -214,16 +214,9 @@ func (s *btrfsStore) receiveVersion(ctx context.Context, folder *os.Root, lock *
 		err = s.settle(ctx, folder, filesystem, to)
 	}
 	if err != nil {
-		return also(btrfsReceiveError(err), s.dropArriving(ctx, folder, filesystem))
+		return also(btrfsError(err), s.dropArriving(ctx, folder, filesystem))
 	}
 	return nil
-}
-
-func btrfsReceiveError(err error) error {
-	if errors.Is(err, errTrailing) {
-		return rpc.Errorf(rpc.DataLoss, "%v", err)
-	}
-	return btrfsError(err)
 }
 
 // markArriving says that what is there under that name from now on is no version.
@@ -267,7 +260,7 @@ func (s *btrfsStore) dropArriving(ctx context.Context, folder *os.Root, filesyst
 	}
 	for _, entry := range entries {
 		version, ok := strings.CutSuffix(entry.Name(), arrivingSuffix)
-		if version = strings.TrimPrefix(version, "."); !ok || checkBtrfsName(version) != nil {
+		if version = strings.TrimPrefix(version, "."); !ok || checkArgument(version) != nil {
 			continue
 		}
 		if _, err := folder.Lstat(version); !errors.Is(err, fs.ErrNotExist) {

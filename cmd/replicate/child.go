@@ -287,7 +287,7 @@ func (c *childInput) Write(p []byte) (int, error) {
 }
 
 // errTrailing is a stream with which the receiving child was content before its end.
-var errTrailing = errors.New("the stream goes on after its end")
+var errTrailing = rpc.Errorf(rpc.DataLoss, "the stream goes on after its end")
 
 // waitWithin is wait, but ends the child when ctx ends.
 func (c *child) waitWithin(ctx context.Context) error {

@@ -93,9 +93,9 @@ func (s *dirStore) Receive(_ context.Context, req *rpc.ReceiveReq, r io.Reader) 
 // those of this process and of others. lock is for children that work on the folder, nil where there is none. release closes
 // both.
 func openLocked(busy *busyPaths, prefix, filesystem string, open func(string, missing) (*os.Root, error)) (folder *os.Root, lock *os.File, release func(), err error) {
-	free, ok := busy.acquire(prefix + filesystem)
-	if !ok {
-		return nil, nil, nil, rpc.Errorf(rpc.Aborted, "filesystem %q is being received by another transfer", filesystem)
+	free, err := busy.acquire(prefix+filesystem, filesystem)
+	if err != nil {
+		return nil, nil, nil, err
 	}
 	folder, err = open(filesystem, makeMissing)
 	if err != nil {

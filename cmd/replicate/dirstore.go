@@ -79,15 +79,7 @@ func (s *dirStore) ListFilesystems(ctx context.Context, _ *rpc.ListFilesystemReq
 	if err != nil {
 		return nil, fmt.Errorf("list the store: %w", withoutPath(err))
 	}
-	if own := found[storeItself]; own != nil && own.IsPlaceholder && own.ResumeToken == "" {
-		delete(found, storeItself) // the folder itself is a filesystem only if there is something in it
-	}
-	res := new(rpc.ListFilesystemRes)
-	for _, f := range found {
-		res.Filesystems = append(res.Filesystems, *f)
-	}
-	slices.SortFunc(res.Filesystems, func(a, b rpc.Filesystem) int { return cmp.Compare(a.Path, b.Path) })
-	return res, nil
+	return foundRes(found), nil
 }
 
 // visit adds what one entry of a folder tells. WalkDir comes to a folder before it comes to what is in it.
@@ -319,12 +311,12 @@ type busyPaths struct {
 	paths map[string]bool
 }
 
-// acquire reserves a path, unless it is taken.
-func (b *busyPaths) acquire(path string) (release func(), ok bool) {
+// acquire reserves the path of a filesystem, unless it is taken.
+func (b *busyPaths) acquire(path, filesystem string) (release func(), err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.paths[path] {
-		return nil, false
+		return nil, rpc.Errorf(rpc.Aborted, "filesystem %q is being received by another transfer", filesystem)
 	}
 	if b.paths == nil {
 		b.paths = make(map[string]bool)
@@ -334,5 +326,5 @@ func (b *busyPaths) acquire(path string) (release func(), ok bool) {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		delete(b.paths, path)
-	}, true
+	}, nil
 }

@@ -21,7 +21,10 @@ const (
 const storeItself = "."
 
 // checkPath tells what is wrong with a filesystem's path: names with slashes between them, or [storeItself].
-func checkPath(path string) error {
+func checkPath(path string) error { return checkPathOf(path, checkName) }
+
+// checkPathOf is checkPath where what is wrong with a name is told by check.
+func checkPathOf(path string, check func(name string) error) error {
 	if path == storeItself {
 		return nil
 	}
@@ -29,7 +32,7 @@ func checkPath(path string) error {
 		return fmt.Errorf("path of %d bytes: at most %d are allowed", len(path), maxPathBytes)
 	}
 	for name := range strings.SplitSeq(path, "/") {
-		if err := checkName(name); err != nil {
+		if err := check(name); err != nil {
 			return fmt.Errorf("path %q: %w", path, err)
 		}
 	}
@@ -56,6 +59,17 @@ func checkName(name string) error {
 	}
 	if runtime.GOOS == "windows" && !plainOnWindows(name) {
 		return fmt.Errorf("name %q means something else on Windows", name)
+	}
+	return nil
+}
+
+// checkArgument is checkName for a name that is, or begins, an argument of a program: no option.
+func checkArgument(name string) error {
+	if err := checkName(name); err != nil {
+		return err
+	}
+	if name[0] == '-' {
+		return fmt.Errorf("name %q begins with a hyphen", name)
 	}
 	return nil
 }

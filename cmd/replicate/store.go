@@ -1,7 +1,10 @@
 package main
 
 import (
+	"cmp"
+	"context"
 	"log/slog"
+	"slices"
 	"strings"
 
 	"example.org/rpc"
@@ -100,4 +103,31 @@ func parseToken(token string) (ResumePoint, error) {
 	}
 	t, err := parseZFSToken(token)
 	return t.point(), err
+}
+
+// foundRes is the answer of ListFilesystems. The store itself is a filesystem only if there is something in it.
+func foundRes(found map[string]*rpc.Filesystem) *rpc.ListFilesystemRes {
+	if own := found[storeItself]; own != nil && own.IsPlaceholder && own.ResumeToken == "" {
+		delete(found, storeItself)
+	}
+	res := new(rpc.ListFilesystemRes)
+	for _, f := range found {
+		res.Filesystems = append(res.Filesystems, *f)
+	}
+	slices.SortFunc(res.Filesystems, func(a, b rpc.Filesystem) int { return cmp.Compare(a.Path, b.Path) })
+	return res
+}
+
+// destroyEach is DestroySnapshots with destroy for one: it says of each why it was not destroyed. The passive side does not let
+// clients do that.
+func destroyEach(ctx context.Context, req *rpc.DestroySnapshotsReq, destroy func(rpc.FilesystemVersion) error) (*rpc.DestroySnapshotsRes, error) {
+	res := new(rpc.DestroySnapshotsRes)
+	for _, v := range req.Snapshots {
+		result := rpc.DestroySnapshotRes{Snapshot: &v}
+		if err := destroy(v); err != nil {
+			result.Error = err.Error()
+		}
+		res.Results = append(res.Results, result)
+	}
+	return res, ctx.Err()
 }

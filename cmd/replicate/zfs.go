@@ -155,27 +155,14 @@ func zfsError(err error) error {
 // maxZFSName is what a dataset's name may have, that of the snapshot included: 256 with the NUL that ends it.
 const maxZFSName = 255
 
-// checkZFSPath tells what is wrong with a filesystem's path in a zfs: store, besides what checkPath finds.
-func checkZFSPath(path string) error {
-	if err := checkPath(path); err != nil || path == storeItself {
-		return err
-	}
-	for name := range strings.SplitSeq(path, "/") {
-		if err := checkZFSName(name); err != nil {
-			return fmt.Errorf("path %q: %w", path, err)
-		}
-	}
-	return nil
-}
+// checkZFSPath tells what is wrong with a filesystem's path in a zfs: store.
+func checkZFSPath(path string) error { return checkPathOf(path, checkZFSName) }
 
 // checkZFSName tells what is wrong with a part of a dataset's name or with that of a snapshot. What passes is an argument of
 // zfs that means only itself: no option, and no snapshot, bookmark or hidden dataset of something else.
 func checkZFSName(name string) error {
-	if err := checkName(name); err != nil {
+	if err := checkArgument(name); err != nil {
 		return err
-	}
-	if name[0] == '-' {
-		return fmt.Errorf("name %q begins with a hyphen", name)
 	}
 	for _, r := range name {
 		switch {

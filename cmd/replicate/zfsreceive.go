@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"path"
@@ -75,9 +74,9 @@ func (s *zfsStore) Receive(ctx context.Context, req *rpc.ReceiveReq, r io.Reader
 	if err != nil {
 		return nil, err
 	}
-	release, ok := s.shared.busy.acquire(t.dataset)
-	if !ok {
-		return nil, rpc.Errorf(rpc.Aborted, "filesystem %q is being received by another transfer", req.Filesystem)
+	release, err := s.shared.busy.acquire(t.dataset, req.Filesystem)
+	if err != nil {
+		return nil, err
 	}
 	defer release()
 	if err := s.look(ctx, t); err != nil {
@@ -99,7 +98,7 @@ func (s *zfsStore) Receive(ctx context.Context, req *rpc.ReceiveReq, r io.Reader
 		return nil, err
 	}
 	if err := feedChild(ctx, s.zfs.program, s.zfs.receiveArgs(t), record, r, nil); err != nil {
-		return nil, zfsReceiveError(err)
+		return nil, zfsError(err)
 	}
 	return new(rpc.ReceiveRes), s.settle(ctx, t, *req.To)
 }
@@ -229,13 +228,6 @@ func (t *zfsTool) receiveArgs(target *zfsTarget) []string {
 		args = append(args, "-F")
 	}
 	return append(args, target.snapshot)
-}
-
-func zfsReceiveError(err error) error {
-	if errors.Is(err, errTrailing) {
-		return rpc.Errorf(rpc.DataLoss, "%v", err)
-	}
-	return zfsError(err)
 }
 
 // settleTimeout bounds what is done after a version has arrived, whether or not the peer is still there.

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -125,15 +124,7 @@ func (s *zfsStore) ListFilesystems(ctx context.Context, _ *rpc.ListFilesystemReq
 	for _, row := range rows {
 		s.addFilesystem(found, row[0], row[1], row[2], row[3])
 	}
-	if own := found[storeItself]; own != nil && own.IsPlaceholder && own.ResumeToken == "" {
-		delete(found, storeItself)
-	}
-	res := new(rpc.ListFilesystemRes)
-	for _, f := range found {
-		res.Filesystems = append(res.Filesystems, *f)
-	}
-	slices.SortFunc(res.Filesystems, func(a, b rpc.Filesystem) int { return cmp.Compare(a.Path, b.Path) })
-	return res, nil
+	return foundRes(found), nil
 }
 
 // addFilesystem takes note of one property of one dataset.
@@ -281,26 +272,19 @@ func (t *zfsTool) find(ctx context.Context, dataset string, want rpc.FilesystemV
 	return name, nil
 }
 
-// DestroySnapshots destroys snapshots that still are what the caller thinks, and says of each why it was not. The passive
-// side does not let clients do that.
+// DestroySnapshots destroys snapshots that still are what the caller thinks.
 func (s *zfsStore) DestroySnapshots(ctx context.Context, req *rpc.DestroySnapshotsReq) (*rpc.DestroySnapshotsRes, error) {
 	dataset, err := s.dataset(req.Filesystem)
 	if err != nil {
 		return nil, err
 	}
-	res := new(rpc.DestroySnapshotsRes)
-	for _, v := range req.Snapshots {
-		result := rpc.DestroySnapshotRes{Snapshot: &v}
+	return destroyEach(ctx, req, func(v rpc.FilesystemVersion) error {
 		name, err := s.zfs.find(ctx, dataset, v)
 		if err == nil {
 			_, err = s.zfs.run(ctx, "destroy", name)
 		}
-		if err != nil {
-			result.Error = err.Error()
-		}
-		res.Results = append(res.Results, result)
-	}
-	return res, ctx.Err()
+		return err
+	})
 }
 
 func (s *zfsStore) ParseResumeToken(token string) (ResumePoint, error) {
