@@ -788,21 +788,22 @@ func (call *serverCall) handle(ctx context.Context, h *handler) error {
 	if err == nil {
 		call.reply, err = appendResult(appendReply(call.reply, call.id, nil), res)
 	}
-	if len(call.reply) > smallBody {
-		call.reserveRoom()
-	}
 	return err
 }
 
-// reserveRoom waits until little waits to be written, with the handler's place still taken: otherwise a client that does not
-// read its replies could have a server hold more of them than it runs handlers.
+// reserveRoom waits until there is room for a large reply, with the handler's place still taken: otherwise a client that does
+// not read its replies could have a server hold more of them than it runs handlers. From then on no code of the user's may
+// run before the reply: all others wait for the room.
 func (call *serverCall) reserveRoom() {
+	if len(call.reply) <= smallBody {
+		return
+	}
 	q := call.q
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.waitRoomLocked(call.parent)
-	q.reserved += len(call.reply) - call.room
 	call.room = len(call.reply)
+	q.reserved += call.room
 }
 
 // appendReply appends a reply: an error, or one of success, to which the body is still to be appended.

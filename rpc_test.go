@@ -8081,6 +8081,46 @@ func TestUnreadRepliesAreNoMoreThanThereAreHandlers(t *testing.T) {
 	})
 }
 
+// TestInterceptHoldsUpOnlyItsOwnCall: what it does after handle, here waiting for another call, takes no room from others.
+func TestInterceptHoldsUpOnlyItsOwnCall(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		lock := make(chan struct{}, 1)
+		s := rpc.NewServer(nil, rpc.ServerConfig{Intercept: func(ctx context.Context, call rpc.CallInfo, handle func(context.Context)) {
+			if call.Method == "exclusive" {
+				lock <- struct{}{}
+				handle(ctx)
+			} else {
+				handle(ctx)
+				lock <- struct{}{}
+			}
+			<-lock
+		}})
+		gate := make(chan struct{})
+		rpc.HandleCall(s, "large", func(context.Context, *text) (*text, error) {
+			return textOf(strings.Repeat("x", 300<<10)), nil
+		})
+		rpc.HandleCall(s, "exclusive", func(context.Context, *text) (*text, error) {
+			<-gate
+			return textOf(strings.Repeat("x", 10<<10)), nil
+		})
+		serve(t, s, l.listener())
+		c := rpc.NewClient(l, rpc.ClientConfig{})
+		defer c.Close()
+		start := time.Now()
+		var both sync.WaitGroup
+		for _, method := range []string{"exclusive", "large"} {
+			both.Go(func() { check(t, c.Call(t.Context(), method, new(text), new(text))) })
+			synctest.Wait()
+		}
+		close(gate)
+		both.Wait()
+		if waited := time.Since(start); waited > 0 {
+			t.Errorf("the calls took %v", waited)
+		}
+	})
+}
+
 // TestAPanicOfAResultLeaksNoConnection: the panic is the caller's, the connection is ours.
 func TestAPanicOfAResultLeaksNoConnection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -832,6 +832,8 @@ func (conn *serverConn) run(ctx context.Context, h *handler, t task) error {
 	err := run(ctx, h, t)
 	if err != nil {
 		conn.s.countFailure(h.kind)
+	} else if call, ok := t.(*serverCall); ok {
+		call.reserveRoom()
 	}
 	return err
 }
