@@ -833,7 +833,7 @@ func (conn *serverConn) run(ctx context.Context, h *handler, t task) error {
 	if err != nil {
 		conn.s.countFailure(h.kind)
 	} else if call, ok := t.(*serverCall); ok {
-		call.reserveRoom()
+		call.reserveRoom() // after Intercept, and before the place is free
 	}
 	return err
 }
